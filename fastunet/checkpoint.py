@@ -1,0 +1,117 @@
+"""Checkpoints: one safetensors file that holds weights, optimiser state and how to go on.
+
+Tensors are named ``model.<key>`` and ``optimizer.<parameter>.<name>``; the metadata holds the
+network's arguments and the run's state as JSON. Nothing in it is code.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import replacing
+from .unet import UNet
+
+FORMAT = "fastunet-1"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names the file."""
+
+
+def save_checkpoint(
+    path: Path,
+    model: UNet,
+    optimizer: torch.optim.Optimizer | None = None,
+    state: dict[str, Any] | None = None,
+) -> None:
+    """Write ``path`` whole or not at all.
+
+    Args:
+        path: the file, ending in .safetensors.
+        model: the network, on any device.
+        optimizer: its optimiser, to resume from.
+        state: what else to resume from; JSON values.
+    Raises: OSError if the disk refuses.
+    """
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    if optimizer is not None:
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors |= {
+                f"optimizer.{index}.{name}": value
+                for name, value in values.items()
+                if value is not None
+            }
+    metadata = {
+        "format": FORMAT,
+        "model": json.dumps(model.config),
+        "state": json.dumps(state or {}),
+    }
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata)
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu", **options: Any) -> UNet:
+    """The network in a checkpoint, in evaluation mode.
+
+    Args:
+        path: a file that ``fastunet train`` wrote.
+        device: where the network goes.
+        options: further arguments for ``UNet``, such as ``ops``.
+    Returns: the network with its weights.
+    Raises: CheckpointError, a ValueError, if the file is missing, damaged or of another kind.
+    """
+    model, _, _ = load_checkpoint(Path(path), **options)
+    return model.to(device).eval()
+
+
+def load_checkpoint(
+    path: Path, **options: Any
+) -> tuple[UNet, dict[int, dict[str, Tensor]], dict[str, Any]]:
+    """The network, the optimiser's tensors by parameter, and the run's state.
+
+    Raises: CheckpointError if the file is missing, damaged or of another kind.
+    """
+    weights: dict[str, Tensor] = {}
+    optimizer: dict[int, dict[str, Tensor]] = {}
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(f"{path}: not a fastunet checkpoint ({FORMAT})")
+            for key in file.keys():  # noqa: SIM118
+                kind, _, rest = key.partition(".")
+                if kind == "model":
+                    weights[rest] = file.get_tensor(key)
+                else:
+                    index, _, name = rest.partition(".")
+                    optimizer.setdefault(int(index), {})[name] = file.get_tensor(key)
+        model = UNet(**json.loads(metadata["model"]), **options)
+        model.load_state_dict(weights)
+        return model, optimizer, json.loads(metadata["state"])
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[int, dict[str, Tensor]]
+) -> None:
+    """Give ``optimizer`` the tensors of a checkpoint, in its parameters' memory layout."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in tensors.items():
+        parameter = parameters[index]
+        optimizer.state[parameter] = {
+            name: torch.empty_like(parameter).copy_(value)
+            if value.shape == parameter.shape
+            else value.clone()
+            for name, value in values.items()
+        }

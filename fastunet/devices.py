@@ -1,0 +1,55 @@
+"""Which device and which precision a run takes."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called ``name``; "auto" is the first GPU, or the CPU where there is none.
+
+    Raises: ValueError if this machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+    return device
+
+
+def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype | None:
+    """The dtype for autocast on ``device``, None for float32.
+
+    "auto" is bfloat16 where the processor multiplies it natively (AVX-512 BF16 or AMX, NVIDIA
+    compute capability 8.0 and later), float32 elsewhere, where it would cost time.
+
+    Raises: ValueError for an unknown precision.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if _gains_from_bfloat16(device) else None
+    if precision not in PRECISIONS:
+        want = ", ".join(["auto", *PRECISIONS])
+        raise ValueError(f"precision must be one of {want}, got {precision!r}")
+    return PRECISIONS[precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """The autocast context for ``dtype``; none for None."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def _gains_from_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return any(
+            getattr(torch.cpu, probe, bool)()
+            for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        )
+    return False

@@ -1,0 +1,16 @@
+"""The public operators; each falls back to plain PyTorch where no kernel serves."""
+
+from . import eager
+from .conv_relu import conv_relu
+from .crop_concat import crop_concat
+from .weight_map import separate_touching, weight_map
+from .weighted_cross_entropy import weighted_cross_entropy
+
+__all__ = [
+    "conv_relu",
+    "crop_concat",
+    "eager",
+    "separate_touching",
+    "weight_map",
+    "weighted_cross_entropy",
+]

@@ -1,0 +1,130 @@
+"""``conv_relu``: schema, who serves which device, autograd, the public function."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._check import (
+    bad_value,
+    check_floating,
+    check_same_kind,
+    check_shape,
+    check_tensor,
+    describe,
+)
+from .._library import LIBRARY, lower_precision, register_autocast
+from .reference import conv_relu_bwd_reference, conv_relu_pool_reference, conv_relu_reference
+
+_ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, int padding, Tensor? skip"
+
+LIBRARY.define(f"conv_relu({_ARGUMENTS}) -> Tensor")
+LIBRARY.define(f"conv_relu_pool({_ARGUMENTS}) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "conv_relu_bwd(Tensor grad_y, Tensor? grad_pooled, Tensor y, Tensor x, Tensor weight, "
+    "Tensor? skip, int padding, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+for _name, _reference in (
+    ("conv_relu", conv_relu_reference),
+    ("conv_relu_pool", conv_relu_pool_reference),
+    ("conv_relu_bwd", conv_relu_bwd_reference),
+):
+    LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastunet::{_name}", _reference, lib=LIBRARY)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
+    x, weight, _, ctx.padding, skip = inputs
+    y = output if isinstance(output, Tensor) else output[0]
+    ctx.save_for_backward(y, x, weight, skip)
+
+
+def _gradients(ctx: Any, grad_y: Tensor, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
+    y, x, weight, skip = ctx.saved_tensors
+    need_x, need_weight, need_bias, _, need_skip = ctx.needs_input_grad
+    needed = [need_x, need_weight, need_bias, need_skip]
+    grads = torch.ops.fastunet.conv_relu_bwd(
+        grad_y, grad_pooled, y, x, weight, skip, ctx.padding, needed
+    )
+    grad_x, grad_weight, grad_bias, grad_skip = (
+        grad if need else None for grad, need in zip(grads, needed, strict=True)
+    )
+    return grad_x, grad_weight, grad_bias, None, grad_skip
+
+
+def _conv_relu_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, grad_y, None)
+
+
+for _name, _backward in (("conv_relu", _conv_relu_backward), ("conv_relu_pool", _gradients)):
+    torch.library.register_autograd(
+        f"fastunet::{_name}", _backward, setup_context=_save, lib=LIBRARY
+    )
+    register_autocast(_name, lower_precision)
+
+
+def conv_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: int = 0,
+    skip: Tensor | None = None,
+    pool: bool = False,
+) -> Any:
+    """Convolve with 3x3 weights, add the bias, clamp at zero; the blue arrow of the figure.
+
+        relu(conv2d(cat([centre_crop(skip), x], 1), weight, bias, padding=padding))
+
+    Args:
+        x: [B, C, H, W] floating point, any memory layout; channels_last is the fast one.
+        weight: [C_out, C_skip + C, 3, 3], as ``torch.nn.Conv2d`` holds it.
+        bias: [C_out], or None for no bias.
+        padding: 0 (the paper's unpadded convolution) or 1 (output as large as the input).
+        skip: [B, C_skip, H_skip >= H, W_skip >= W], cropped centrally and put before ``x``.
+        pool: also return the 2x2 max-pooled output.
+    Returns: [B, C_out, H - 2 + 2 padding, W - 2 + 2 padding] of ``x``'s dtype; with ``pool`` a pair
+        of that and its pooled copy, of half the height and width, rounded down.
+    Raises: TypeError for arguments that are not floating-point tensors of one dtype; ValueError for
+        shapes, devices or a padding that cannot work.
+    Source: Ronneberger et al. 2015, figure 1.
+    """
+    _check(x, weight, bias, padding, skip, pool)
+    operator = torch.ops.fastunet.conv_relu_pool if pool else torch.ops.fastunet.conv_relu
+    return operator(x, weight, bias, padding, skip)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None, pool: bool
+) -> None:
+    check_tensor("conv_relu", "x", x)
+    check_floating("conv_relu", "x", x)
+    if x.ndim != 4:
+        raise bad_value("conv_relu", "x", "[B, C, H, W]", describe(x))
+    if padding not in (0, 1):
+        raise bad_value("conv_relu", "padding", "0 or 1", padding)
+    channels = x.shape[1]
+    if skip is not None:
+        check_tensor("conv_relu", "skip", skip)
+        check_same_kind("conv_relu", "skip", skip, "x", x)
+        if (
+            skip.ndim != 4
+            or skip.shape[0] != x.shape[0]
+            or skip.shape[2] < x.shape[2]
+            or skip.shape[3] < x.shape[3]
+        ):
+            want = f"[{x.shape[0]}, C, H >= {x.shape[2]}, W >= {x.shape[3]}]"
+            raise bad_value("conv_relu", "skip", want, describe(skip))
+        channels = channels + skip.shape[1]
+    check_tensor("conv_relu", "weight", weight)
+    check_same_kind("conv_relu", "weight", weight, "x", x)
+    if weight.ndim != 4 or weight.shape[1] != channels or tuple(weight.shape[2:]) != (3, 3):
+        raise bad_value("conv_relu", "weight", f"[C_out, {channels}, 3, 3]", describe(weight))
+    if bias is not None:
+        check_tensor("conv_relu", "bias", bias)
+        check_same_kind("conv_relu", "bias", bias, "x", x)
+        check_shape("conv_relu", "bias", bias, [weight.shape[0]])
+    smallest = 3 - 2 * padding + (1 if pool else 0)
+    if x.shape[2] < smallest or x.shape[3] < smallest:
+        want = f"at least {smallest} x {smallest} pixels with padding={padding}, pool={pool}"
+        raise bad_value("conv_relu", "x", want, describe(x))

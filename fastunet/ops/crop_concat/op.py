@@ -1,0 +1,66 @@
+"""``crop_concat``: schema, who serves which device, autograd, the public function."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._check import bad_value, check_same_kind, check_tensor, describe
+from .._library import LIBRARY, register_autocast, widest
+from .reference import crop_concat_bwd_reference, crop_concat_reference
+
+LIBRARY.define("crop_concat(Tensor skip, Tensor up) -> Tensor")
+LIBRARY.define("crop_concat_bwd(Tensor grad, Tensor skip) -> Tensor")
+for _name, _reference in (
+    ("crop_concat", crop_concat_reference),
+    ("crop_concat_bwd", crop_concat_bwd_reference),
+):
+    LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastunet::{_name}", _reference, lib=LIBRARY)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    # the values are not needed; an expanded scalar would lose the layout, and the skip is
+    # alive anyway as the ReLU mask of the convolution that made it
+    ctx.save_for_backward(inputs[0])
+
+
+def _crop_concat_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    (skip,) = ctx.saved_tensors
+    need_skip, need_up = ctx.needs_input_grad
+    return (
+        torch.ops.fastunet.crop_concat_bwd(grad, skip) if need_skip else None,
+        grad[:, skip.shape[1] :] if need_up else None,
+    )
+
+
+torch.library.register_autograd(
+    "fastunet::crop_concat", _crop_concat_backward, setup_context=_save, lib=LIBRARY
+)
+register_autocast("crop_concat", widest)
+
+
+def crop_concat(skip: Tensor, up: Tensor) -> Tensor:
+    """Put the centre of ``skip`` before ``up``; the grey "copy and crop" arrow of the figure.
+
+    Args:
+        skip: [B, C_skip, H_skip, W_skip] of any dtype, at least as high and wide as ``up``.
+        up: [B, C_up, H, W] of the same dtype.
+    Returns: [B, C_skip + C_up, H, W]; rows start at (H_skip - H) // 2 of ``skip``, columns likewise.
+    Raises: TypeError for arguments that are not tensors of one dtype; ValueError for shapes or
+        devices that do not go together.
+    Source: Ronneberger et al. 2015, figure 1.
+    """
+    for name, tensor in (("skip", skip), ("up", up)):
+        check_tensor("crop_concat", name, tensor)
+        if tensor.ndim != 4:
+            raise bad_value("crop_concat", name, "[B, C, H, W]", describe(tensor))
+    check_same_kind("crop_concat", "up", up, "skip", skip)
+    if (
+        skip.shape[0] != up.shape[0]
+        or skip.shape[2] < up.shape[2]
+        or skip.shape[3] < up.shape[3]
+    ):
+        want = f"[{up.shape[0]}, C, H >= {up.shape[2]}, W >= {up.shape[3]}] to crop to up"
+        raise bad_value("crop_concat", "skip", want, describe(skip))
+    return torch.ops.fastunet.crop_concat(skip, up)

@@ -1,0 +1,64 @@
+"""The operators of a network in plain PyTorch: the twin that ours are tested and timed against.
+
+Same names and arguments as in ``fastunet.ops``, differentiated by PyTorch itself:
+``UNet(ops=fastunet.ops.eager)`` is the same network without anything of ours.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .crop_concat.reference import crop_concat_reference as crop_concat
+
+
+def conv_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: int = 0,
+    skip: Tensor | None = None,
+    pool: bool = False,
+) -> Any:
+    """As ``fastunet.ops.conv_relu``, by concatenation, convolution, ReLU and max-pooling."""
+    source = x if skip is None else crop_concat(skip, x)
+    y = F.relu(F.conv2d(source, weight, bias, padding=padding))
+    return (y, F.max_pool2d(y, 2)) if pool else y
+
+
+def weighted_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    pixel_weight: Tensor | None = None,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """As ``fastunet.ops.weighted_cross_entropy``, by ``torch.nn.functional.cross_entropy``."""
+    if class_weight is None:
+        class_weight = logits.new_ones(logits.shape[1])
+    loss = F.cross_entropy(
+        logits,
+        target.long(),
+        class_weight,
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    if pixel_weight is not None:
+        loss = loss * pixel_weight
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    counts = target != ignore_index
+    share = class_weight[target.long() * counts] * counts
+    if pixel_weight is not None and reduction == "weighted_mean":
+        share = share * pixel_weight
+    return loss.sum() / share.sum()
+
+
+__all__ = ["conv_relu", "crop_concat", "weighted_cross_entropy"]

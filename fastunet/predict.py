@@ -1,0 +1,331 @@
+"""Prediction: any image, in tiles, with the result of the whole image.
+
+    image -> windows, mirrored at the borders -> network -> softmax -> one array or file
+
+Memory is bounded by a batch of tiles; images and results may be mapped from files.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice, product
+from pathlib import Path
+from shutil import disk_usage
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .augment import mirror
+from .devices import autocast as autocast_context
+from .files import replacing
+from .tiles import Axis, Span, plan_axis
+from .unet import UNet
+
+if TYPE_CHECKING:
+    from .pages import Page, PageSource
+
+Output = Literal["probability", "label"]
+Tile = int | tuple[int, int] | None
+Progress = Callable[[int, int], None]
+Plan = tuple[Axis, Axis]
+
+# longer sides of an overlay are thinned out, so that it needs little memory and can be looked at
+OVERLAY_PX = 2048
+
+
+def predict(
+    model: UNet,
+    image: NDArray[np.floating[Any]] | Tensor,
+    *,
+    tile: Tile = None,
+    batch: int = 1,
+    output: Output = "probability",
+    autocast: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> NDArray[Any]:
+    """Segment one image.
+
+    The image is cut into overlapping tiles, which give the same result as the image as a whole. For
+    a 'valid' network it is mirrored at its borders; a 'same' network pads it with zeros, as in
+    training, and mirrors only what is smaller than 2^(levels - 1).
+
+    Args:
+        model: the network, on any device; runs in evaluation mode and keeps its own.
+        image: [C, H, W] or [H, W] floating point, standardised as in training; from 1x1 up.
+        tile: height and width of an input tile in pixels, one number or two; any size that fits.
+            None for the one that needs the least work, at most about 1024.
+        batch: tiles that go through the network at once.
+        output: "probability" or "label".
+        autocast: dtype for ``torch.autocast``; None for the network's own.
+        progress: called with the number of tiles done and of all tiles.
+    Returns: softmax probabilities [K, H, W] float32, or the most probable class [H, W] uint8
+        (uint16 for more than 256 classes).
+    Raises: ValueError for another number of channels, no pixels, NaN or infinity, a tile that does
+        not fit (with the nearest sizes that do), batch < 1; TypeError for an image of integers.
+    Source: Ronneberger et al. 2015, figure 2.
+    """
+    page = _image(image)
+    _check(model, page.shape, "image", batch, output)
+    if not np.isfinite(page).all():
+        raise ValueError("predict: image must be finite, got NaN or infinity")
+    plan = _plan(model, page.shape, tile)
+    leading = (model.n_classes,) if output == "probability" else ()
+    result = np.empty((*leading, *page.shape[1:]), _dtype(model, output))
+    advance = _counter(progress, _tiles(plan))
+    finish = _finish(model, output)
+    _fill(model, page, result, plan, finish, batch=batch, autocast=autocast, advance=advance)
+    return result
+
+
+def predict_pages(
+    model: UNet,
+    source: "PageSource",
+    path: str | Path,
+    *,
+    output: Output = "probability",
+    tile: Tile = None,
+    batch: int = 1,
+    autocast: torch.dtype | None = None,
+    overlay: str | Path | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Segment the pages of a file into a TIFF file, without holding a page in memory.
+
+    Each page is standardised by its own statistics. Pages of one size become one stack; pages of
+    several sizes become one series each, in order. The file is not compressed, so that it can be
+    mapped, and above 4 GB it is a BigTIFF. It appears when it is complete.
+
+    Args:
+        model: the network, on any device.
+        source: pages, as ``open_pages`` gives them.
+        path: the file to write, ending in .tif or .tiff.
+        output: "probability": float32, for two classes that of the foreground, [N, H, W], else
+            [N, K, H, W]; or "label": the most probable class, [N, H, W] uint8 (uint16 for more
+            than 256 classes).
+        tile: as for ``predict``.
+        batch: as for ``predict``.
+        autocast: as for ``predict``.
+        overlay: a .png file for a source of one page, else a folder that gets a picture of each
+            page with its segmentation, "0000.png" on; long sides are thinned out to 2048 pixels.
+        progress: called with the number of tiles done and of all tiles of all pages.
+    Raises: ValueError, naming the page, for another number of channels or NaN; and for a tile that
+        does not fit, a path or overlay that cannot be, a disk without the room.
+    """
+    # only files need more than torch
+    from .data import page_statistics
+
+    path = Path(path)
+    shapes = [source.shape(i) for i in range(len(source))]
+    for i, shape in enumerate(shapes):
+        _check(model, shape, source.name(i), batch, output)
+        if source.file(i).resolve() == path.resolve():
+            raise ValueError(f"predict: {path} is an input, give another name for the output")
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        raise ValueError(f"predict: the output must end in .tif or .tiff, got {path}")
+    pictures = _pictures(overlay, len(shapes))
+    plans = [_plan(model, shape, tile) for shape in shapes]
+    leading = (model.n_classes,) if output == "probability" and model.n_classes > 2 else ()
+    advance = _counter(progress, sum(map(_tiles, plans)))
+    finish = _finish(model, "foreground" if output == "probability" and not leading else output)
+
+    with replacing(path) as temporary:
+        targets = _create(
+            temporary, [(*leading, *shape[1:]) for shape in shapes], _dtype(model, output)
+        )
+        for i, (plan, target, picture) in enumerate(zip(plans, targets, pictures, strict=True)):
+            page = source.page(i)
+            _fill(
+                model,
+                page,
+                target,
+                plan,
+                finish,
+                statistics=page_statistics(page, name=source.name(i)),
+                batch=batch,
+                autocast=autocast,
+                advance=advance,
+            )
+            if picture is not None:
+                _draw(picture, page, target, output)
+
+
+def _fill(
+    model: UNet,
+    page: "Page",
+    target: NDArray[Any],
+    plan: Plan,
+    finish: Callable[[Tensor], Tensor],
+    *,
+    statistics: tuple[NDArray[Any], NDArray[Any]] | None = None,
+    batch: int,
+    autocast: torch.dtype | None,
+    advance: Callable[[int], None],
+) -> None:
+    """Predict ``page`` [C, H, W] into ``target`` [..., H, W], a batch of windows at a time."""
+    parameter = next(model.parameters())
+    windows = product(*(axis.spans for axis in plan))
+    with _evaluating(model), autocast_context(parameter.device, autocast):
+        while some := list(islice(windows, batch)):
+            tiles = np.stack([_read(page, window, plan, statistics) for window in some])
+            x = torch.from_numpy(tiles).to(
+                parameter.device, parameter.dtype, memory_format=torch.channels_last
+            )
+            values = finish(model(x).float()).cpu().numpy()
+            for value, (rows, columns) in zip(values, some, strict=True):
+                target[..., rows.first : rows.last, columns.first : columns.last] = value[
+                    ..., _given(rows), _given(columns)
+                ]
+            advance(len(some))
+
+
+def _read(
+    page: "Page",
+    window: Sequence[Span],
+    plan: Plan,
+    statistics: tuple[NDArray[Any], NDArray[Any]] | None,
+) -> NDArray[np.float32]:
+    """One window of ``page``, mirrored where it leaves the page and standardised."""
+    rows, columns = (
+        mirror(torch.arange(span.start, span.start + axis.length), size).numpy()
+        for span, axis, size in zip(window, plan, page.shape[1:], strict=True)
+    )
+    top, left = rows.min(), columns.min()
+    block = np.asarray(page[:, top : rows.max() + 1, left : columns.max() + 1])
+    if statistics is not None:
+        mean, std = (values[:, None, None] for values in statistics)
+        block = (block - mean) / np.where(std > 0, std, 1)
+    block = block.astype(np.float32, copy=False)
+    return block[:, (rows - top)[:, None], columns - left]
+
+
+def _given(span: Span) -> slice:
+    """The part of the network's output that a window gives."""
+    return slice(span.offset, span.offset + span.last - span.first)
+
+
+@contextmanager
+def _evaluating(model: UNet) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _finish(model: UNet, output: str) -> Callable[[Tensor], Tensor]:
+    """What becomes of the logits [B, K, H, W]."""
+    if output == "probability":
+        return lambda logits: logits.softmax(1)
+    if output == "foreground":
+        return lambda logits: logits.softmax(1)[:, 1]
+    narrow = torch.uint8 if model.n_classes <= 256 else torch.int32
+    return lambda logits: logits.argmax(1).to(narrow)
+
+
+def _dtype(model: UNet, output: Output) -> type[np.generic]:
+    if output == "probability":
+        return np.float32
+    return np.uint8 if model.n_classes <= 256 else np.uint16
+
+
+def _plan(model: UNet, shape: Sequence[int], tile: Tile) -> Plan:
+    height, width = tile if isinstance(tile, tuple) else (tile, tile)
+    return plan_axis(model, shape[1], height), plan_axis(model, shape[2], width)
+
+
+def _tiles(plan: Plan) -> int:
+    return len(plan[0].spans) * len(plan[1].spans)
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """A function that adds up tiles and reports their number."""
+    done = 0
+
+    def advance(tiles: int) -> None:
+        nonlocal done
+        done += tiles
+        if progress is not None:
+            progress(done, total)
+
+    return advance
+
+
+def _image(image: object) -> NDArray[np.float32]:
+    """``image`` as [C, H, W] float32."""
+    if isinstance(image, Tensor):
+        if not image.is_floating_point():
+            raise TypeError(f"predict: image must be floating point, got {image.dtype}")
+        image = image.detach().float().cpu().numpy()
+    array = np.asarray(image)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise TypeError(f"predict: image must be floating point, got {array.dtype}")
+    if array.ndim not in (2, 3):
+        raise ValueError(f"predict: image must be [C, H, W] or [H, W], got {list(array.shape)}")
+    return array.astype(np.float32, copy=False).reshape(-1, *array.shape[-2:])
+
+
+def _check(model: UNet, shape: Sequence[int], name: str, batch: int, output: str) -> None:
+    if shape[0] != model.in_channels:
+        raise ValueError(
+            f"predict: {name} must have {model.in_channels} channels as the network takes, "
+            f"got {shape[0]}"
+        )
+    if 0 in shape:
+        raise ValueError(f"predict: {name} must have pixels, got {list(shape)}")
+    if batch < 1:
+        raise ValueError(f"predict: batch must be >= 1, got {batch}")
+    if output not in ("probability", "label"):
+        raise ValueError(f"predict: output must be probability or label, got {output!r}")
+
+
+def _create(
+    path: Path, shapes: Sequence[tuple[int, ...]], dtype: type[np.generic]
+) -> Iterator[NDArray[Any]]:
+    """Yield each page of a new TIFF file, mapped for writing."""
+    import tifffile
+
+    needed = sum(int(np.prod(shape)) for shape in shapes) * np.dtype(dtype).itemsize
+    free = disk_usage(path.parent).free
+    # writing to a mapped file on a full disk kills the process
+    if needed > free:
+        raise ValueError(f"predict: {path.parent} must have {needed} bytes free, got {free}")
+    common: dict[str, Any] = {"dtype": dtype, "photometric": "minisblack"}
+    axes = "CYX" if len(shapes[0]) == 3 else "YX"
+    if len(set(shapes)) == 1:
+        shape = (len(shapes), *shapes[0])
+        yield from tifffile.memmap(path, shape=shape, metadata={"axes": f"Q{axes}"}, **common)
+        return
+    # the first page decides whether offsets have 64 bits, as tifffile would of one stack
+    common["bigtiff"] = needed > 2**32 - 2**25
+    for shape in shapes:
+        yield tifffile.memmap(
+            path, shape=shape, metadata={"axes": axes}, append=path.exists(), **common
+        )
+
+
+def _pictures(overlay: str | Path | None, pages: int) -> list[Path | None]:
+    """Where the overlay of each page goes."""
+    if overlay is None:
+        return [None] * pages
+    overlay = Path(overlay)
+    if overlay.suffix.lower() != ".png":
+        return [overlay / f"{i:04d}.png" for i in range(pages)]
+    if pages != 1:
+        raise ValueError(f"predict: the overlay of {pages} pages must be a folder, got {overlay}")
+    return [overlay]
+
+
+def _draw(path: Path, page: "Page", result: NDArray[Any], output: Output) -> None:
+    from .figures import overlay, write_png
+
+    step = -(-max(page.shape[1:]) // OVERLAY_PX)
+    values = np.asarray(result[..., ::step, ::step])
+    if output == "probability":
+        values = values.argmax(0) if values.ndim == 3 else values > 0.5
+    write_png(path, overlay(np.asarray(page[:, ::step, ::step]), values))

@@ -1,0 +1,303 @@
+"""The network of figure 1: a class per kind of arrow, and ``forward`` reads as the figure does."""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops as fused_ops
+from .ops.crop_concat.reference import centre_crop
+
+PAPER_WIDTHS = (64, 128, 256, 512, 1024)
+
+
+class ConvReLU(nn.Conv2d):
+    """Blue arrow: 3x3 convolution and ReLU, with batch normalisation between them on request."""
+
+    def __init__(
+        self, c_in: int, c_out: int, padding: int, norm: str | None, ops: ModuleType
+    ) -> None:
+        super().__init__(c_in, c_out, 3, padding=padding)
+        self.same = padding
+        self.norm = nn.BatchNorm2d(c_out) if norm == "batch" else None
+        self.conv_relu = ops.conv_relu
+        self.crop_concat = ops.crop_concat
+
+    def forward(self, x: Tensor, skip: Tensor | None = None, pool: bool = False) -> Any:
+        """[B, C, H, W] to [B, C_out, H', W'], after ``skip`` was joined; with its pooled copy."""
+        if self.norm is None:
+            return self.conv_relu(
+                x, self.weight, self.bias, padding=self.same, skip=skip, pool=pool
+            )
+        source = x if skip is None else self.crop_concat(skip, x)
+        y = F.relu(self.norm(super().forward(source)), inplace=True)
+        return (y, F.max_pool2d(y, 2)) if pool else y
+
+
+class ConvPair(nn.Module):
+    """Two blue arrows, followed by dropout at the end of the contracting path."""
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        padding: int,
+        norm: str | None,
+        ops: ModuleType,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.conv1 = ConvReLU(c_in, c_out, padding, norm, ops)
+        self.conv2 = ConvReLU(c_out, c_out, padding, norm, ops)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None, pool: bool = False) -> Any:
+        """[B, C, H, W] to [B, C_out, H', W'], and its 2x2 max-pooled copy (red arrow) on request."""
+        x = self.conv1(x, skip=skip)
+        if self.training and self.dropout.p > 0:
+            x = self.dropout(self.conv2(x))
+            return (x, F.max_pool2d(x, 2)) if pool else x
+        return self.conv2(x, pool=pool)
+
+
+class UpConv(nn.ConvTranspose2d):
+    """Green arrow: 2x2 transposed convolution of stride 2, with a ReLU in the released network."""
+
+    def __init__(self, c_in: int, c_out: int, relu: bool) -> None:
+        super().__init__(c_in, c_out, 2, stride=2)
+        self.relu = relu
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """[B, C, H, W] to [B, C_out, 2 H, 2 W]."""
+        y = super().forward(x, output_size)
+        return F.relu(y, inplace=True) if self.relu else y
+
+
+class BilinearUp(nn.Conv2d):
+    """Green arrow without learnt interpolation: 1x1 convolution, then bilinear up-sampling.
+
+    The two commute; in this order the convolution has a quarter of the pixels.
+    """
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__(c_in, c_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C_out, 2 H, 2 W]."""
+        return F.interpolate(super().forward(x), scale_factor=2, mode="bilinear")
+
+
+class UNet(nn.Module):
+    """The U-Net of Ronneberger, Fischer and Brox.
+
+    Args:
+        in_channels: channels of an image.
+        n_classes: channels of the output, one logit a class.
+        widths: channels of each level, from the top; their number is that of the levels.
+        padding: "valid" (the paper's; 572 pixels become 388) or "same" (as many as came in).
+        norm: None (the paper's), or "batch" for batch normalisation before each ReLU.
+        up: "transpose" (the paper's 2x2 up-convolution) or "bilinear".
+        dropout: probability at the end of the contracting path, in training.
+        variant: "paper" is the figure; "release" the authors' published network, which has a ReLU
+            after each up-convolution, twice the outputs in the last of them, the up-sampled
+            features before the skip, and dropout after the last two pairs of the contracting path.
+        ops: the module whose ``conv_relu`` and ``crop_concat`` run, ``fastunet.ops`` or
+            ``fastunet.ops.eager``.
+    Raises: ValueError for arguments that cannot work.
+    Source: Ronneberger et al. 2015, figure 1 and section 3 (initialisation).
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        n_classes: int = 2,
+        *,
+        widths: Sequence[int] = PAPER_WIDTHS,
+        padding: Literal["valid", "same"] = "valid",
+        norm: Literal["batch"] | None = None,
+        up: Literal["transpose", "bilinear"] = "transpose",
+        dropout: float = 0.5,
+        variant: Literal["paper", "release"] = "paper",
+        ops: ModuleType = fused_ops,
+    ) -> None:
+        super().__init__()
+        for name, value, allowed in (
+            ("padding", padding, ("valid", "same")),
+            ("norm", norm, (None, "batch")),
+            ("up", up, ("transpose", "bilinear")),
+            ("variant", variant, ("paper", "release")),
+        ):
+            if value not in allowed:
+                want = " or ".join(map(repr, allowed))
+                raise ValueError(f"UNet: {name} must be {want}, got {value!r}")
+        widths = tuple(widths)
+        for name, sizes in (
+            ("in_channels", [in_channels]),
+            ("n_classes", [n_classes]),
+            ("widths", widths),
+        ):
+            if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
+                raise ValueError(f"UNet: {name} must be positive integers, got {sizes}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"UNet: dropout must be within 0 <= dropout < 1, got {dropout}")
+
+        self.in_channels, self.n_classes, self.widths = in_channels, n_classes, widths
+        self.padding, self.norm, self.up, self.dropout = padding, norm, up, dropout
+        self.variant = variant
+        self.levels = len(widths)
+        release, pad = variant == "release", int(padding == "same")
+
+        self.contracting = nn.ModuleList()
+        c = in_channels
+        for level, width in enumerate(widths):
+            dropped = level >= self.levels - (2 if release else 1)
+            self.contracting.append(
+                ConvPair(c, width, pad, norm, ops, dropout if dropped else 0.0)
+            )
+            c = width
+        self.up_convs, self.expanding = nn.ModuleList(), nn.ModuleList()
+        for level in reversed(range(self.levels - 1)):
+            width = widths[level]
+            c_up = widths[1] if release and level == 0 else width
+            if up == "transpose":
+                self.up_convs.append(UpConv(c, c_up, relu=release))
+            else:
+                self.up_convs.append(BilinearUp(c, c_up))
+            self.expanding.append(ConvPair(width + c_up, width, pad, norm, ops))
+            c = width
+        self.head = nn.Conv2d(c, n_classes, 1)
+        self.reset_parameters()
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that build this network again: ``UNet(**model.config)``."""
+        names = ("in_channels", "n_classes", "padding", "norm", "up", "dropout", "variant")
+        return {"widths": list(self.widths), **{name: getattr(self, name) for name in names}}
+
+    def reset_parameters(self) -> None:
+        """Draw weights from N(0, 2 / N), N the inputs of one neuron; biases are zero."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                taps = 1 if isinstance(module, nn.ConvTranspose2d) else module.weight[0, 0].numel()
+                nn.init.normal_(module.weight, std=(2 / (taps * module.in_channels)) ** 0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, n_classes, H', W'] of images [B, in_channels, H, W].
+
+        H' is ``output_size(H)``: smaller by the margins for "valid", H for "same", which mirrors the
+        bottom and right of an image up to a multiple of 2^(levels - 1) and crops the result.
+
+        Raises: ValueError for another number of channels, and for a size that does not fit, with
+            the nearest sizes that do.
+        """
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"UNet: x must be [B, {self.in_channels}, H, W], got {list(x.shape)}"
+            )
+        height, width = (self.output_size(n) for n in x.shape[2:])
+        if self.padding == "same":
+            x = self._mirror_to_grid(x)
+
+        skips = []
+        for pair in self.contracting[:-1]:
+            skip, x = pair(x, pool=True)
+            skips.append(skip)
+        x = self.contracting[-1](x)
+        for up_conv, pair in zip(self.up_convs, self.expanding, strict=True):
+            x, skip = up_conv(x), skips.pop()
+            if self.variant == "release":
+                # the released network's order: up-sampled features first
+                x, skip = centre_crop(skip, x.shape[2], x.shape[3]), x
+            x = pair(x, skip=skip)
+        return self.head(x)[:, :, :height, :width]
+
+    def output_size(self, size: int) -> int:
+        """Height or width of the output for an input of ``size`` pixels.
+
+        Raises: ValueError if ``size`` does not fit, with the nearest sizes that do.
+        """
+        if self.padding == "same":
+            if size < self.grid:
+                raise ValueError(f"UNet: x must be at least {self.grid} pixels, got {size}")
+            return size
+        if size >= self.smallest_size and (size - self.smallest_size) % self.grid == 0:
+            return size - 2 * self.margin
+        above = self.fitting_size(size)
+        near = f"{above - self.grid} and {above}" if above > self.smallest_size else f"{above}"
+        raise ValueError(
+            f"UNet: the height and width of x must fit its unpadded convolutions, got {size} pixels;"
+            f" the nearest that fit: {near}"
+        )
+
+    def fitting_size(self, size: int) -> int:
+        """The smallest height or width that fits and is at least ``size`` pixels."""
+        if self.padding == "same":
+            return max(size, self.grid)
+        steps = max(0, -(-(size - self.smallest_size) // self.grid))
+        return self.smallest_size + steps * self.grid
+
+    @property
+    def grid(self) -> int:
+        """Pixels of one bottom-level pixel, 2^(levels - 1): the step of the pooling grid."""
+        return 2 ** (self.levels - 1)
+
+    @property
+    def smallest_size(self) -> int:
+        """The smallest height or width that fits."""
+        if self.padding == "same":
+            return self.grid
+        # downwards every level loses 4 pixels and halves; upwards every level must keep one
+        bottom = 5
+        while self._output_of_bottom(bottom) < 1:
+            bottom += 1
+        size = bottom
+        for _ in range(self.levels - 1):
+            size = 2 * size + 4
+        return size
+
+    def _output_of_bottom(self, bottom: int) -> int:
+        """Output size where the bottom level's input has ``bottom`` pixels; none below 1."""
+        size = bottom - 4
+        for _ in range(self.levels - 1):
+            if size < 1:
+                return 0
+            size = 2 * size - 4
+        return size
+
+    @property
+    def margin(self) -> int:
+        """Pixels of context that an output pixel needs on each side: 92 for the paper's network.
+
+        For "valid" it is what the output lost on each side; for "same" the largest distance over
+        which an input pixel changes an output pixel.
+        """
+        if self.padding == "valid":
+            # 4 pixels a level and path, each 2^level input pixels wide, over both sides
+            return sum(4 * 2**level for level in range(self.levels - 1)) + 2 * self.grid
+        reach, reaches = 0, []
+        for _ in range(self.levels - 1):
+            reach += 2
+            reaches.append(reach)
+            reach = -(-reach // 2)
+        reach += 2
+        for skip_reach in reversed(reaches):
+            reach = max(2 * reach + (self.up == "bilinear"), skip_reach) + 2
+        return reach
+
+    @property
+    def border(self) -> int:
+        """Outermost output pixels of a "valid" tile that depend on where its edge lies.
+
+        Bilinear up-sampling repeats the edge, which spoils one pixel a level; otherwise 0.
+        """
+        return self.grid - 1 if self.padding == "valid" and self.up == "bilinear" else 0
+
+    def _mirror_to_grid(self, x: Tensor) -> Tensor:
+        bottom, right = (-n % self.grid for n in x.shape[2:])
+        return F.pad(x, (0, right, 0, bottom), mode="reflect") if bottom or right else x

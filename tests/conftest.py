@@ -1,0 +1,47 @@
+"""Seeds, no TF32, and deterministic mode, which fills fresh memory with NaN."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no GPU on this machine"))]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that this machine has."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def em_folder() -> Path:
+    """The EM sections of the ISBI 2012 challenge."""
+    return _data("isbi2012")
+
+
+@pytest.fixture
+def nuclei_folder() -> Path:
+    """Nuclei of the 2018 Data Science Bowl."""
+    return _data("dsb2018")
+
+
+def _data(name: str) -> Path:
+    folder = DATA / name
+    if not folder.exists():
+        pytest.skip(f"real data {name} is not beside the project")
+    return folder

@@ -1,0 +1,206 @@
+"""conv_relu against eager PyTorch and float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastunet
+from fastunet.ops import eager
+
+from ..accuracy import assert_as_accurate
+
+# (B, C_skip, C, C_out, H, W, padding); C_skip 0 is no skip
+SHAPES = [
+    (1, 0, 1, 64, 68, 68, 0),
+    (1, 64, 64, 64, 36, 36, 0),
+    (2, 0, 16, 32, 28, 28, 1),
+    (2, 5, 3, 7, 9, 13, 0),
+    (1, 4, 4, 1, 4, 4, 1),
+    (0, 0, 3, 4, 8, 8, 0),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Any]:
+    b, c_skip, c, c_out, h, w, padding = shape
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    scale = (2 / (9 * (c_skip + c))) ** 0.5
+    return {
+        "x": torch.randn(b, c, h, w, **options),
+        "weight": torch.randn(c_out, c_skip + c, 3, 3, **options) * scale,
+        "bias": torch.randn(c_out, **options),
+        "skip": torch.randn(b, c_skip, h + 5, w + 4, **options) if c_skip else None,
+        "padding": padding,
+    }
+
+
+def run(operator: Any, arguments: dict[str, Any], pool: bool) -> tuple[Tensor, ...]:
+    result = operator(**arguments, pool=pool)
+    return result if pool else (result,)
+
+
+def cast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        name: value.to(dtype) if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+
+
+def gradients(operator: Any, arguments: dict[str, Any], pool: bool) -> tuple[Tensor, ...]:
+    leaves = {
+        name: value.detach().clone().requires_grad_()
+        for name, value in arguments.items()
+        if isinstance(value, Tensor)
+    }
+    outputs = run(operator, {**arguments, **leaves}, pool)
+    # a fixed incoming gradient that no symmetry hides
+    incoming = [
+        torch.linspace(-1, 2, max(y.numel(), 1), device=y.device)[: y.numel()]
+        .reshape(y.shape)
+        .to(y.dtype)
+        for y in outputs
+    ]
+    return torch.autograd.grad(outputs, list(leaves.values()), incoming)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward(
+    shape: tuple[int, ...], dtype: torch.dtype, pool: bool, device: torch.device
+) -> None:
+    arguments = inputs(shape, dtype, device)
+    exact = run(eager.conv_relu, cast(arguments, torch.float64), pool)
+    plain = run(eager.conv_relu, arguments, pool)
+    for got, eager_y, exact_y in zip(
+        run(fastunet.conv_relu, arguments, pool), plain, exact, strict=True
+    ):
+        assert_as_accurate(got, eager_y, exact_y)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward(
+    shape: tuple[int, ...], dtype: torch.dtype, pool: bool, device: torch.device
+) -> None:
+    arguments = inputs(shape, dtype, device)
+    exact = gradients(eager.conv_relu, cast(arguments, torch.float64), pool)
+    plain = gradients(eager.conv_relu, arguments, pool)
+    for got, eager_grad, exact_grad in zip(
+        gradients(fastunet.conv_relu, arguments, pool), plain, exact, strict=True
+    ):
+        # a pixel whose float64 value is within rounding of 0 flips its mask in eager too
+        assert_as_accurate(got, eager_grad, exact_grad)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_gradcheck(pool: bool, device: torch.device) -> None:
+    arguments = inputs((2, 2, 3, 4, 6, 7, 1), torch.float64, device)
+    names = ("x", "weight", "bias", "skip")
+    leaves = [arguments[name].requires_grad_() for name in names]
+
+    def call(*tensors: Tensor) -> Any:
+        return fastunet.conv_relu(**dict(zip(names, tensors, strict=True)), padding=1, pool=pool)
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+def test_only_asked_gradients(device: torch.device) -> None:
+    arguments = inputs((1, 2, 3, 4, 6, 6, 0), torch.float32, device)
+    for name in ("x", "weight", "bias", "skip"):
+        leaf = arguments[name].clone().requires_grad_()
+        fastunet.conv_relu(**{**arguments, name: leaf}).sum().backward()
+        reference = arguments[name].clone().requires_grad_()
+        eager.conv_relu(**{**arguments, name: reference}).sum().backward()
+        torch.testing.assert_close(leaf.grad, reference.grad)
+
+
+def test_strides(device: torch.device) -> None:
+    arguments = inputs((2, 4, 8, 8, 12, 12, 0), torch.float32, device)
+    want = fastunet.conv_relu(**arguments)
+    layouts = {
+        "channels_last": arguments
+        | {
+            name: arguments[name].to(memory_format=torch.channels_last)
+            for name in ("x", "weight", "skip")
+        },
+        "transposed": arguments | {"x": arguments["x"].mT.contiguous().mT},
+        "slice": arguments | {"x": torch.stack([arguments["x"]] * 2, 2)[:, :, 1]},
+    }
+    for name, layout in layouts.items():
+        torch.testing.assert_close(fastunet.conv_relu(**layout), want, msg=name)
+    y = fastunet.conv_relu(**layouts["channels_last"])
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("operator", ["conv_relu", "conv_relu_pool"])
+def test_registration(operator: str, channels_last: bool, device: torch.device) -> None:
+    torch.use_deterministic_algorithms(False)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    arguments = inputs((2, 4, 3, 5, 9, 8, 1), torch.float32, device)
+    x, weight, skip = (
+        arguments[name].to(memory_format=layout).requires_grad_() for name in ("x", "weight", "skip")
+    )
+    bias = arguments["bias"].requires_grad_()
+    torch.library.opcheck(getattr(torch.ops.fastunet, operator), (x, weight, bias, 1, skip))
+    torch.library.opcheck(
+        getattr(torch.ops.fastunet, operator), (x, weight[:, :3].detach().clone(), None, 0, None)
+    )
+
+
+def test_compile(device: torch.device) -> None:
+    torch.use_deterministic_algorithms(False)
+    arguments = inputs((1, 4, 4, 4, 10, 10, 0), torch.float32, device)
+    compiled = torch.compile(fastunet.conv_relu, fullgraph=True, backend="aot_eager")
+    for pool in (False, True):
+        got = gradients(compiled, arguments, pool)
+        for a, b in zip(got, gradients(fastunet.conv_relu, arguments, pool), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_autocast() -> None:
+    arguments = inputs((1, 4, 4, 4, 10, 10, 0), torch.float32, "cpu")
+    arguments["x"].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fastunet.conv_relu(**arguments)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, eager.conv_relu(**arguments))
+    y.float().sum().backward()
+    assert arguments["x"].grad is not None
+    assert arguments["x"].grad.dtype == torch.float32
+
+
+def test_rejects() -> None:
+    good = inputs((1, 2, 3, 4, 8, 8, 0), torch.float32, "cpu")
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"x": [1.0]}, TypeError, "conv_relu: x must be a torch.Tensor, got list"),
+        ({"x": torch.ones(1, 3, 8, 8, dtype=torch.int32)}, TypeError, "x must be floating point"),
+        ({"x": torch.ones(3, 8, 8)}, ValueError, r"x must be \[B, C, H, W\], got \[3, 8, 8\]"),
+        ({"padding": 2}, ValueError, "padding must be 0 or 1, got 2"),
+        ({"skip": torch.ones(1, 2, 7, 8)}, ValueError, r"skip must be \[1, C, H >= 8, W >= 8\]"),
+        ({"weight": torch.ones(4, 3, 3, 3)}, ValueError, r"weight must be \[C_out, 5, 3, 3\]"),
+        ({"weight": torch.ones(4, 5, 1, 1)}, ValueError, r"weight must be \[C_out, 5, 3, 3\]"),
+        ({"bias": torch.ones(3)}, ValueError, r"bias must be of shape \[4\], got \[3\] float32"),
+        ({"weight": good["weight"].double()}, TypeError, "weight must be torch.float32 as x is"),
+        ({"x": torch.ones(1, 3, 2, 8)}, ValueError, "x must be at least 3 x 3 pixels"),
+    ]
+    for change, error, message in cases:
+        with pytest.raises(error, match=message):
+            fastunet.conv_relu(**{**good, **change})
+
+
+def test_check_can_fail() -> None:
+    def no_bias(**arguments: Any) -> Any:
+        return eager.conv_relu(**{**arguments, "bias": None})
+
+    arguments = inputs(SHAPES[3], torch.float32, "cpu")
+    exact = run(eager.conv_relu, cast(arguments, torch.float64), False)[0]
+    plain = run(eager.conv_relu, arguments, False)[0]
+    with pytest.raises(AssertionError, match="is above"):
+        assert_as_accurate(run(no_bias, arguments, False)[0], plain, exact)
