@@ -3,8 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import backends as _backends  # the native operators, where they are built
-from . import ops
+from . import backends, ops
 from .losses import WeightedCrossEntropyLoss
 from .ops import (
     conv_relu,
@@ -13,27 +12,26 @@ from .ops import (
     weight_map,
     weighted_cross_entropy,
 )
+from .predict import predict
 from .unet import UNet
 
 if TYPE_CHECKING:
     from .checkpoint import load_model
-    from .predict import predict
 
 __version__ = "0.1.0"
 
-# what reads files or scores needs more than torch: imported when first asked for
-_LAZY = {"load_model": ".checkpoint", "predict": ".predict"}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name], __name__), name)
+    # reading checkpoints needs more than torch: imported when first asked for
+    if name == "load_model":
+        return import_module(".checkpoint", __name__).load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [
     "UNet",
     "WeightedCrossEntropyLoss",
+    "backends",
     "conv_relu",
     "crop_concat",
     "load_model",

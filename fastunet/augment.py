@@ -102,13 +102,15 @@ def displacement(
 
 
 def sample_linear(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Bilinear values of ``images`` [B, C, H, W] at pixel coordinates [B, H', W'], mirrored outside."""
+    """Bilinear values of ``images`` [B, C, H, W] at pixels [B, H', W'], mirrored outside."""
     height, width = images.shape[2:]
-    grid = torch.stack(
-        [2 * columns / max(width - 1, 1) - 1, 2 * rows / max(height - 1, 1) - 1], -1
-    )
+    grid = torch.stack([2 * columns / max(width - 1, 1) - 1, 2 * rows / max(height - 1, 1) - 1], -1)
     return F.grid_sample(
-        images, grid.to(images.dtype), mode="bilinear", padding_mode="reflection", align_corners=True
+        images,
+        grid.to(images.dtype),
+        mode="bilinear",
+        padding_mode="reflection",
+        align_corners=True,
     )
 
 

@@ -4,7 +4,7 @@ Files are opened by ``fastunet.pages``, which says what a page is.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -23,6 +23,7 @@ __all__ = [
     "Section",
     "class_frequencies",
     "load_sections",
+    "open_cells",
     "open_pages",
     "page_statistics",
     "parse_sections",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 LabelKind = Literal["auto", "classes", "instances"]
+_Kind = Literal["classes", "mask", "instances"]
 
 # what a binary mask holds where it does not hold 1
 _MASK_VALUES = (255, 65535)
@@ -75,7 +77,8 @@ def load_sections(
         sections: which pages to return, as ``parse_sections`` takes it; None for all.
         n_classes: number of classes, background included.
         label_kind: "auto", "classes" or "instances".
-        separate: width in pixels of the background carved between touching instances; 0 for none.
+        separate: how far to carve background between touching instances, as the ``width`` of
+            ``separate_touching``; 0 for not at all.
     Returns: the sections in the order of ``sections``.
     Raises: DataError, naming the file, if a file is unreadable, images and labels differ in number
         or size, images differ in channels, an image holds NaN or infinity, labels are not whole
@@ -104,22 +107,35 @@ def load_sections(
     result = []
     for number in chosen:
         i, j = pairs[number]
-        if kind == "instances":
-            cells = _separated(ids[number], separate)
-            classes = cells > 0
-        else:
-            classes = ids[number] > 0 if kind == "mask" else ids[number]
-            if classes.max() >= n_classes:
-                raise DataError(
-                    f"{label_pages.name(j)}: wanted class ids below {n_classes}, "
-                    f"got {classes.max()}"
-                )
-            cells = components(classes, connectivity=1, background=0).astype(np.int32)
         name = image_pages.name(i)
         image = standardise(image_pages.page(i), name=name)
-        class_dtype = np.uint8 if n_classes <= 256 else np.int32
-        result.append(Section(name, image, classes.astype(class_dtype), cells))
+        cells = _cells(ids[number], kind, separate)
+        page = ids[number] if kind == "classes" else cells > 0
+        classes = _classes(page, n_classes, label_pages.name(j))
+        result.append(Section(name, image, classes, cells))
     return result
+
+
+def open_cells(
+    labels: str | Path, *, label_kind: LabelKind = "auto", separate: int = 1
+) -> tuple[PageSource, Iterator[np.ndarray]]:
+    """Read labels as cells, one page after the other.
+
+    Args:
+        labels: as for ``load_sections``.
+        label_kind: as for ``load_sections``; "auto" reads all pages once to decide.
+        separate: as for ``load_sections``.
+    Returns: the pages, and their cells: [H, W] int32, 0 is background and k > 0 the k-th cell.
+    Raises: DataError, naming the file, if it is unreadable or its labels are not whole and
+        non-negative; while pages are read, too.
+    """
+    source = open_pages(labels)
+
+    def pages() -> Iterator[np.ndarray]:
+        return (_read_labels(source, i) for i in range(len(source)))
+
+    kind = _kind(pages(), n_classes=2) if label_kind == "auto" else label_kind
+    return source, (_cells(page, kind, separate) for page in pages())
 
 
 def parse_sections(text: str, count: int) -> list[int]:
@@ -290,7 +306,7 @@ def _read_labels(source: PageSource, i: int) -> np.ndarray:
     if source.file(i).suffix.lower() in (".jpg", ".jpeg"):
         raise DataError(f"{name}: wanted labels in a file that keeps values, got JPEG")
     page = np.asarray(source.page(i)[:])
-    if (page != page[:1]).any():
+    if (page[1:] != page[:1]).any():
         raise DataError(f"{name}: wanted labels of one channel, got {len(page)} that differ")
     labels = page[0]
     if labels.dtype.kind == "f":
@@ -305,14 +321,31 @@ def _read_labels(source: PageSource, i: int) -> np.ndarray:
     return labels.astype(np.uint8) if labels.dtype.kind == "b" else labels
 
 
-def _kind(labels: list[np.ndarray], n_classes: int) -> Literal["classes", "mask", "instances"]:
+def _kind(labels: Iterable[np.ndarray], n_classes: int) -> _Kind:
     """What the labels of all pages together are."""
-    top = max(int(page.max()) for page in labels)
-    if top < n_classes:
+    tops, binary = {0}, True
+    for page in labels:
+        top = int(page.max())
+        tops.add(top)
+        binary = binary and bool(np.isin(page, (0, top)).all())
+    if max(tops) < n_classes:
         return "classes"
-    if top in _MASK_VALUES and all(np.isin(page, (0, top)).all() for page in labels):
+    if max(tops) in _MASK_VALUES and len(tops) == 2 and binary:
         return "mask"
     return "instances"
+
+
+def _cells(labels: np.ndarray, kind: _Kind, separate: int) -> np.ndarray:
+    """Cell ids of a page, int32."""
+    if kind == "instances":
+        return _separated(labels, separate)
+    return components(labels, connectivity=1, background=0).astype(np.int32)
+
+
+def _classes(ids: np.ndarray, n_classes: int, name: str) -> np.ndarray:
+    if ids.max() >= n_classes:
+        raise DataError(f"{name}: wanted class ids below {n_classes}, got {ids.max()}")
+    return ids.astype(np.uint8 if n_classes <= 256 else np.int32)
 
 
 def _separated(labels: np.ndarray, width: int) -> np.ndarray:

@@ -33,9 +33,7 @@ class WeightedCrossEntropyLoss(nn.Module):
         self.label_smoothing = label_smoothing
         self.reduction = reduction
 
-    def forward(
-        self, logits: Tensor, target: Tensor, pixel_weight: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, logits: Tensor, target: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
         """The loss of logits [B, K, H, W] for target [B, H, W] under pixel_weight [B, H, W]."""
         return weighted_cross_entropy(
             logits,

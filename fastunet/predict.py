@@ -31,7 +31,7 @@ Tile = int | tuple[int, int] | None
 Progress = Callable[[int, int], None]
 Plan = tuple[Axis, Axis]
 
-# longer sides of an overlay are thinned out, so that it needs little memory and can be looked at
+# longer sides of an overlay are thinned out: it needs little memory and can be looked at
 OVERLAY_PX = 2048
 
 
@@ -49,7 +49,7 @@ def predict(
 
     The image is cut into overlapping tiles, which give the same result as the image as a whole. For
     a 'valid' network it is mirrored at its borders; a 'same' network pads it with zeros, as in
-    training, and mirrors only what is smaller than 2^(levels - 1).
+    training, and mirrors its bottom and right up to a multiple of 2^(levels - 1).
 
     Args:
         model: the network, on any device; runs in evaluation mode and keeps its own.
@@ -126,7 +126,7 @@ def predict_pages(
         raise ValueError(f"predict: the output must end in .tif or .tiff, got {path}")
     pictures = _pictures(overlay, len(shapes))
     plans = [_plan(model, shape, tile) for shape in shapes]
-    leading = (model.n_classes,) if output == "probability" and model.n_classes > 2 else ()
+    leading = (model.n_classes,) if output == "probability" and model.n_classes != 2 else ()
     advance = _counter(progress, sum(map(_tiles, plans)))
     finish = _finish(model, "foreground" if output == "probability" and not leading else output)
 
@@ -267,7 +267,7 @@ def _image(image: object) -> NDArray[np.float32]:
         raise TypeError(f"predict: image must be floating point, got {array.dtype}")
     if array.ndim not in (2, 3):
         raise ValueError(f"predict: image must be [C, H, W] or [H, W], got {list(array.shape)}")
-    return array.astype(np.float32, copy=False).reshape(-1, *array.shape[-2:])
+    return array.astype(np.float32, copy=False)[(None,) * (3 - array.ndim)]
 
 
 def _check(model: UNet, shape: Sequence[int], name: str, batch: int, output: str) -> None:
@@ -299,14 +299,16 @@ def _create(
     axes = "CYX" if len(shapes[0]) == 3 else "YX"
     if len(set(shapes)) == 1:
         shape = (len(shapes), *shapes[0])
-        yield from tifffile.memmap(path, shape=shape, metadata={"axes": f"Q{axes}"}, **common)
+        stack = tifffile.memmap(path, shape=shape, metadata={"axes": f"Q{axes}"}, **common)
+        yield from stack
+        stack.flush()
         return
     # the first page decides whether offsets have 64 bits, as tifffile would of one stack
     common["bigtiff"] = needed > 2**32 - 2**25
-    for shape in shapes:
-        yield tifffile.memmap(
-            path, shape=shape, metadata={"axes": axes}, append=path.exists(), **common
-        )
+    for i, shape in enumerate(shapes):
+        page = tifffile.memmap(path, shape=shape, metadata={"axes": axes}, append=i > 0, **common)
+        yield page
+        page.flush()
 
 
 def _pictures(overlay: str | Path | None, pages: int) -> list[Path | None]:

@@ -24,7 +24,7 @@ class Report:
         log: JSON lines file, appended to; a resumed run first drops the lines past ``step``.
         steps: where the run ends.
         step: where it starts.
-        quiet: show no progress bar.
+        quiet: show no progress bar, as where there is no terminal.
         tensorboard: folder for TensorBoard events, or None.
     Raises: ModuleNotFoundError, saying what to install, if TensorBoard is asked for and missing.
     """
@@ -43,6 +43,7 @@ class Report:
         log.write_text("".join(json.dumps(line) + "\n" for line in self.history))
         self._log = log.open("a", buffering=1)
         self._writer = _open_tensorboard(tensorboard, step) if tensorboard else None
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -50,8 +51,8 @@ class Report:
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=quiet,
+            console=console,
+            disable=quiet or not console.is_terminal,
         )
         self._task = self._progress.add_task("", total=steps, completed=step, note="")
         self._start = time.perf_counter() - (self.history[-1]["seconds"] if self.history else 0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
-from scipy.ndimage import gaussian_filter, zoom
+from scipy.ndimage import gaussian_filter
 
 from .files import replacing
 
@@ -62,13 +62,10 @@ def _places(rng: np.random.Generator, radii: np.ndarray, size: tuple[int, int]) 
             beside = rng.integers(k, size=26)
             angle = rng.uniform(0, 2 * np.pi, 26)
             reach = 0.86 * (radii[beside] + radius)
-            tries[:26] = places[beside] + reach[:, None] * np.stack(
-                [np.sin(angle), np.cos(angle)], 1
-            )
-            distance = np.linalg.norm(tries[:, None] - places[:k], axis=2)
-            free = ~(distance < 0.85 * (radii[:k] + radius)).any(axis=1)
-        else:
-            free = np.ones(40, bool)
+            way = np.stack([np.sin(angle), np.cos(angle)], axis=1)
+            tries[:26] = places[beside] + reach[:, None] * way
+        distance = np.linalg.norm(tries[:, None] - places[:k], axis=2)
+        free = ~(distance < 0.85 * (radii[:k] + radius)).any(axis=1)
         free &= ((tries >= 0) & (tries < size)).all(axis=1)
         if free.any():
             places[k] = tries[free.argmax()]
@@ -103,10 +100,13 @@ def _regions(
 
 def _clouds(rng: np.random.Generator, size: tuple[int, int], scale: float) -> np.ndarray:
     """Smooth noise [H, W] around 0, mostly within -1..1, of patches about ``scale`` pixels wide."""
-    scale = max(scale, 1.0)
-    coarse = rng.uniform(-1, 1, [math.ceil(n / scale) + 3 for n in size])
-    fine = zoom(coarse, scale, order=1)
-    return fine[: size[0], : size[1]]
+    grid = rng.uniform(-1, 1, [int(n / max(scale, 1)) + 2 for n in size])
+    # linear between the points of the grid, down its columns and then along its rows
+    for n in size:
+        below, share = np.divmod(np.arange(n) / max(scale, 1), 1)
+        row = below.astype(int)
+        grid = grid[row].T * (1 - share) + grid[row + 1].T * share
+    return grid
 
 
 def write_cells(

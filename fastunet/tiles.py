@@ -2,7 +2,7 @@
 
 An output pixel depends on the pixels around it and on the phase of the pooling grid: a window that
 starts at another remainder modulo 2^(levels - 1) pools other pixels together. So windows start at
-multiples of it, and each gives only the pixels that have all their context within it. Then the
+multiples of that, and each gives only the pixels that have all their context within it. Then the
 tiled result is that of the whole image.
 """
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from .unet import UNet
 
-# the paper's network holds about 1.3 GB of activations at this height and width
+# the paper's network takes about 1.1 GB for activations at this height and width
 LARGEST_TILE_PX = 1024
 
 
@@ -76,10 +76,10 @@ def _lay(model: UNet, size: int, tile: int) -> Axis | None:
         furthest = max(0, _round_up(size - given, grid))
     else:
         whole = _whole_tile(model, size)
-        length, before, lost = min(tile // grid * grid, whole), 0, 0
+        length, before, lost = min(tile - tile % grid, whole), 0, 0
         given = length - 2 * context
         furthest = whole - length
-    step = given // grid * grid
+    step = _step(given, grid)
     if furthest > 0 and step < 1:
         return None
 
@@ -120,3 +120,8 @@ def _misfit(model: UNet, tile: int) -> str:
 
 def _round_up(size: int, grid: int) -> int:
     return -(-size // grid) * grid
+
+
+def _step(given: int, grid: int) -> int:
+    """From one window's start to the next, where each gives ``given`` pixels."""
+    return given // grid * grid

@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .augment import Augmentation, augment, mirror
+from .augment import Augmentation, augment
 from .checkpoint import CheckpointError, load_checkpoint, restore_optimizer, save_checkpoint
-from .data import Section, class_frequencies
+from .data import Section
 from .devices import autocast, autocast_dtype
 from .metrics import pixel_error
-from .ops import weight_map, weighted_cross_entropy
+from .ops import weighted_cross_entropy
 from .predict import predict
 from .report import Report
+from .sampling import class_weights, pixel_weights, sample_tiles
 from .unet import UNet
 
 LAST, BEST, LOG = "last.safetensors", "best.safetensors", "log.jsonl"
@@ -92,7 +93,7 @@ class Config:
                 raise ValueError(f"train: {name} must be {' or '.join(allowed)}, got {got}")
 
 
-class Diverged(ValueError):
+class DivergedError(ValueError):
     """The loss is no longer a number."""
 
 
@@ -103,57 +104,6 @@ class Outcome:
     step: int
     history: list[dict[str, Any]]
     stopped_by: int | None
-
-
-def sample_tiles(
-    sections: Sequence[Section], size: int, batch: int, margin: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Cut tiles whose outputs lie anywhere in random sections.
-
-    Args:
-        sections: where to cut from.
-        size: height and width of a tile, in pixels.
-        batch: tiles.
-        margin: context on each side that the network's output loses, in pixels.
-        generator: a CPU generator.
-    Returns: images [B, C, size, size] float32 and labels [B, 2, size, size] int32, class ids and
-        cell ids; what lies outside the section is its mirror image.
-    """
-    images, labels = [], []
-    for _ in range(batch):
-        section = sections[int(torch.randint(len(sections), (), generator=generator))]
-        window = []
-        for length in section.classes.shape:
-            span = max(length - (size - 2 * margin), 0)
-            start = int(torch.randint(span + 1, (), generator=generator)) - margin
-            window.append(mirror(torch.arange(start, start + size), length).numpy())
-        rows, columns = np.ix_(*window)
-        images.append(section.image[:, rows, columns])
-        labels.append(np.stack([section.classes[rows, columns], section.cells[rows, columns]]))
-    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels).astype(np.int32))
-
-
-def pixel_weights(
-    classes: Tensor, cells: Tensor, class_weight: Tensor, w0: float, sigma: float
-) -> Tensor:
-    """The paper's weights: that of a pixel's class, plus the border term between cells.
-
-        w(x) = w_c(x) + w0 * exp(-(d1(x) + d2(x))^2 / (2 sigma^2))
-
-    Args:
-        classes: [B, H, W] class ids.
-        cells: [B, H, W] cell ids, 0 is background.
-        class_weight: [K] float32.
-        w0: height of the border term; 0 for none.
-        sigma: width of the border term, in pixels.
-    Returns: [B, H, W] float32.
-    Source: Ronneberger et al. 2015, equation 2.
-    """
-    weights = class_weight[classes.long()]
-    if w0 > 0:
-        # the map with w_c = 1, less that 1
-        weights = weights + weight_map(cells, w0=w0, sigma=sigma, class_weight=None) - 1
-    return weights
 
 
 def train_step(
@@ -217,9 +167,9 @@ def fit(
 ) -> Outcome:
     """Train ``model`` and keep its checkpoints, log and history in ``folder``.
 
-    Writes ``last.safetensors`` at every validation and at the end, ``best.safetensors`` whenever the
-    validation loss falls (without validation, with every ``last``), and ``log.jsonl``. SIGINT and
-    SIGTERM end the run after the current step, with a checkpoint.
+    Writes ``last.safetensors`` at every validation and at the end, ``best.safetensors`` whenever
+    the validation loss falls (without validation, with every ``last``), and ``log.jsonl``. SIGINT
+    and SIGTERM end the run after the current step, with a checkpoint.
 
     Args:
         model: the network, on the device to train on.
@@ -233,8 +183,8 @@ def fit(
         tensorboard: also write TensorBoard events to ``folder``/tensorboard.
     Returns: the last step, the history and the signal that ended the run, if one did.
     Raises: ValueError if the folder holds a run and ``resume`` is not given, if a resumed run's
-        network or settings differ, or if the tile does not fit the network; Diverged if the loss is
-        not finite.
+        network or settings differ, or if the tile does not fit the network; DivergedError, a
+        ValueError, if the loss is not finite.
     """
     device = next(model.parameters()).device
     model.output_size(config.tile)
@@ -274,7 +224,7 @@ def fit(
                 group["lr"] = learning_rate(step, config)
             loss = float(train_step(model, optimizer, images, labels, class_weight, config))
             if not isfinite(loss):
-                raise Diverged(
+                raise DivergedError(
                     f"train: the loss is {loss} at step {step + 1}: "
                     f"lower the learning rate ({config.lr})"
                 )
@@ -293,15 +243,6 @@ def fit(
             stopped_by = received[0]
             save(LAST)
     return Outcome(state["step"], report.history, stopped_by)
-
-
-def class_weights(sections: Sequence[Section], n_classes: int, how: str) -> Tensor:
-    """Weights [K] float32: ones, or for "balanced" such that each class weighs the same in sum."""
-    if how == "none":
-        return torch.ones(n_classes)
-    frequencies = torch.from_numpy(class_frequencies(sections, n_classes))
-    # a class that never occurs needs no weight
-    return torch.where(frequencies > 0, 1 / (n_classes * frequencies), 1.0).float()
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -374,11 +315,11 @@ def _recent(history: list[dict[str, Any]], steps: int = 50) -> float:
 def _stop_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying; a second one acts as it always does."""
     received: list[int] = []
-    previous: dict[int, Any] = {}
+    previous: dict[signal.Signals, Any] = {}
 
     def stop(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -55,7 +55,7 @@ class ConvPair(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, skip: Tensor | None = None, pool: bool = False) -> Any:
-        """[B, C, H, W] to [B, C_out, H', W'], and its 2x2 max-pooled copy (red arrow) on request."""
+        """[B, C, H, W] to [B, C_out, H', W'], and its max-pooled copy (red arrow) on request."""
         x = self.conv1(x, skip=skip)
         if self.training and self.dropout.p > 0:
             x = self.dropout(self.conv2(x))
@@ -154,9 +154,7 @@ class UNet(nn.Module):
         c = in_channels
         for level, width in enumerate(widths):
             dropped = level >= self.levels - (2 if release else 1)
-            self.contracting.append(
-                ConvPair(c, width, pad, norm, ops, dropout if dropped else 0.0)
-            )
+            self.contracting.append(ConvPair(c, width, pad, norm, ops, dropout if dropped else 0.0))
             c = width
         self.up_convs, self.expanding = nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(self.levels - 1)):
@@ -170,7 +168,7 @@ class UNet(nn.Module):
             c = width
         self.head = nn.Conv2d(c, n_classes, 1)
         self.reset_parameters()
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -190,16 +188,14 @@ class UNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, n_classes, H', W'] of images [B, in_channels, H, W].
 
-        H' is ``output_size(H)``: smaller by the margins for "valid", H for "same", which mirrors the
-        bottom and right of an image up to a multiple of 2^(levels - 1) and crops the result.
+        H' is ``output_size(H)``: smaller by the margins for "valid", H for "same", which mirrors
+        the bottom and right of an image up to a multiple of 2^(levels - 1) and crops the result.
 
         Raises: ValueError for another number of channels, and for a size that does not fit, with
             the nearest sizes that do.
         """
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"UNet: x must be [B, {self.in_channels}, H, W], got {list(x.shape)}"
-            )
+            raise ValueError(f"UNet: x must be [B, {self.in_channels}, H, W], got {list(x.shape)}")
         height, width = (self.output_size(n) for n in x.shape[2:])
         if self.padding == "same":
             x = self._mirror_to_grid(x)
@@ -231,8 +227,8 @@ class UNet(nn.Module):
         above = self.fitting_size(size)
         near = f"{above - self.grid} and {above}" if above > self.smallest_size else f"{above}"
         raise ValueError(
-            f"UNet: the height and width of x must fit its unpadded convolutions, got {size} pixels;"
-            f" the nearest that fit: {near}"
+            f"UNet: x must have a height and width that fit unpadded convolutions, got {size} "
+            f"pixels; the nearest that fit: {near}"
         )
 
     def fitting_size(self, size: int) -> int:

@@ -10,7 +10,7 @@ def max_abs(tensor: Tensor) -> float:
 
 
 def assert_as_accurate(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """``actual`` may be twice as far from the float64 result as eager PyTorch, plus one rounding."""
+    """``actual`` may be twice as far from float64's result as eager PyTorch, plus a rounding."""
     assert actual.shape == eager.shape == exact.shape
     assert actual.dtype == eager.dtype
     assert exact.dtype == torch.float64

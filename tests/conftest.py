@@ -20,8 +20,15 @@ def _reproducible() -> Iterator[None]:
 
 
 @pytest.fixture(
-    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="no GPU on this machine"))]
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(
+                not torch.cuda.is_available(), reason="no GPU on this machine"
+            ),
+        ),
+    ]
 )
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device that this machine has."""

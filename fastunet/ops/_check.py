@@ -41,7 +41,9 @@ def check_shape(operator: str, argument: str, tensor: Tensor, shape: Sequence[in
         raise bad_value(operator, argument, f"of shape {list(shape)}", describe(tensor))
 
 
-def check_same_kind(operator: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+def check_same_kind(
+    operator: str, name: str, tensor: Tensor, other_name: str, other: Tensor
+) -> None:
     """Raise unless both tensors share device and, outside autocast, dtype."""
     if tensor.device != other.device:
         raise bad_value(operator, name, f"on {other.device} as {other_name} is", tensor.device)

@@ -1,6 +1,7 @@
 """The ``fastunet`` namespace of ``torch.library``, opened once."""
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -28,8 +29,17 @@ def widest(device: str, tensors: tuple[Tensor, ...]) -> torch.dtype:
     return dtype
 
 
+def _is_cast(argument: object) -> TypeGuard[Tensor]:
+    """Whether autocast changes ``argument``; it leaves float64 alone, as PyTorch's own does."""
+    return (
+        isinstance(argument, Tensor)
+        and argument.is_floating_point()
+        and argument.dtype != torch.float64
+    )
+
+
 def register_autocast(name: str, policy: CastPolicy) -> None:
-    """Cast the floating-point tensors given to operator ``name`` as ``policy`` says under autocast."""
+    """Under autocast, cast the floating-point tensors given to operator ``name`` by ``policy``."""
     operator = getattr(torch.ops.fastunet, name).default
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
@@ -39,19 +49,10 @@ def register_autocast(name: str, policy: CastPolicy) -> None:
             device: str = device,
             excluded: torch._C.DispatchKeySet = excluded,
         ) -> object:
-            floating = tuple(
-                arg
-                for arg in args
-                if isinstance(arg, Tensor)
-                and arg.is_floating_point()
-                and arg.dtype != torch.float64
-            )
+            floating = tuple(arg for arg in args if _is_cast(arg))
             if floating:
                 dtype = policy(device, floating)
-                args = tuple(
-                    arg.to(dtype) if any(arg is tensor for tensor in floating) else arg
-                    for arg in args
-                )
+                args = tuple(arg.to(dtype) if _is_cast(arg) else arg for arg in args)
             with torch._C._ExcludeDispatchKeyGuard(excluded):
                 return operator(*args)
 

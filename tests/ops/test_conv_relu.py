@@ -145,7 +145,8 @@ def test_registration(operator: str, channels_last: bool, device: torch.device) 
     layout = torch.channels_last if channels_last else torch.contiguous_format
     arguments = inputs((2, 4, 3, 5, 9, 8, 1), torch.float32, device)
     x, weight, skip = (
-        arguments[name].to(memory_format=layout).requires_grad_() for name in ("x", "weight", "skip")
+        arguments[name].to(memory_format=layout).requires_grad_()
+        for name in ("x", "weight", "skip")
     )
     bias = arguments["bias"].requires_grad_()
     torch.library.opcheck(getattr(torch.ops.fastunet, operator), (x, weight, bias, 1, skip))

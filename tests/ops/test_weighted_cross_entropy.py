@@ -96,7 +96,7 @@ def test_is_cross_entropy(
     reduction: str, weighted: bool, smoothing: float, device: torch.device
 ) -> None:
     arguments = inputs((2, 4, 6, 5), torch.float32, device)
-    options = {"reduction": reduction, "label_smoothing": smoothing, "ignore_index": -100}
+    options: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
     weight = arguments["class_weight"] if weighted else None
     got = fastunet.weighted_cross_entropy(
         arguments["logits"], arguments["target"], class_weight=weight, **options
@@ -220,9 +220,7 @@ def test_check_can_fail() -> None:
     arguments = inputs((1, 3, 8, 8), torch.float32, "cpu")
     exact = loss_and_gradient(eager.weighted_cross_entropy, as_exact(arguments))
     plain = loss_and_gradient(eager.weighted_cross_entropy, arguments)
-    unweighted = loss_and_gradient(
-        eager.weighted_cross_entropy, arguments | {"pixel_weight": None}
-    )
+    unweighted = loss_and_gradient(eager.weighted_cross_entropy, arguments | {"pixel_weight": None})
     for a, b, c in zip(unweighted, plain, exact, strict=True):
         with pytest.raises(AssertionError, match="is above"):
             assert_as_accurate(a, b, c)

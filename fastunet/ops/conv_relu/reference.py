@@ -84,5 +84,3 @@ def conv_relu_bwd_reference(
 def _format_of(tensor: Tensor) -> torch.memory_format:
     channels_last = tensor.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last else torch.contiguous_format
-
-

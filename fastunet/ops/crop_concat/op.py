@@ -46,7 +46,8 @@ def crop_concat(skip: Tensor, up: Tensor) -> Tensor:
     Args:
         skip: [B, C_skip, H_skip, W_skip] of any dtype, at least as high and wide as ``up``.
         up: [B, C_up, H, W] of the same dtype.
-    Returns: [B, C_skip + C_up, H, W]; rows start at (H_skip - H) // 2 of ``skip``, columns likewise.
+    Returns: [B, C_skip + C_up, H, W]; rows start at (H_skip - H) // 2 of ``skip``, columns at
+        (W_skip - W) // 2.
     Raises: TypeError for arguments that are not tensors of one dtype; ValueError for shapes or
         devices that do not go together.
     Source: Ronneberger et al. 2015, figure 1.
@@ -56,11 +57,7 @@ def crop_concat(skip: Tensor, up: Tensor) -> Tensor:
         if tensor.ndim != 4:
             raise bad_value("crop_concat", name, "[B, C, H, W]", describe(tensor))
     check_same_kind("crop_concat", "up", up, "skip", skip)
-    if (
-        skip.shape[0] != up.shape[0]
-        or skip.shape[2] < up.shape[2]
-        or skip.shape[3] < up.shape[3]
-    ):
+    if skip.shape[0] != up.shape[0] or skip.shape[2] < up.shape[2] or skip.shape[3] < up.shape[3]:
         want = f"[{up.shape[0]}, C, H >= {up.shape[2]}, W >= {up.shape[3]}] to crop to up"
         raise bad_value("crop_concat", "skip", want, describe(skip))
     return torch.ops.fastunet.crop_concat(skip, up)

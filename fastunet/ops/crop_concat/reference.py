@@ -1,6 +1,7 @@
 """Copy and crop: the skip connection's centre beside the up-sampled features.
 
-    out = [skip[:, :, i0 : i0 + H, j0 : j0 + W], up]    i0 = (H_skip - H) // 2, j0 = (W_skip - W) // 2
+    out = [skip[:, :, i0 : i0 + H, j0 : j0 + W], up]
+    i0 = (H_skip - H) // 2, j0 = (W_skip - W) // 2
 
 The gradient of ``up`` is a slice of the incoming one; that of ``skip`` is the other slice, laid
 into zeros.

@@ -1,11 +1,11 @@
 """The paper's energy: softmax cross-entropy with a weight for each pixel.
 
-    p_k(x) = exp(a_k(x)) / sum_j exp(a_j(x))                                 softmax of the logits a
-    q_k(x) = c_k ((1 - s) [k = t(x)] + s / K)                  target t, class weights c, smoothing s
-    E(x)   = -w(x) sum_k q_k(x) log p_k(x)                                     w the pixel's weight
+    p_k(x) = exp(a_k(x)) / sum_j exp(a_j(x))                       softmax of the logits a
+    q_k(x) = c_k ((1 - s) [k = t(x)] + s / K)        target t, class weights c, smoothing s
+    E(x)   = -w(x) sum_k q_k(x) log p_k(x)                           w the pixel's weight
 
-"sum" adds the E(x); "mean" divides the sum by that of c_t(x), as ``torch.nn.functional.cross_entropy``
-does; "weighted_mean" by that of c_t(x) w(x). Ignored pixels count nowhere. The gradient, with g the
+"sum" adds the E(x); "mean" divides the sum by that of c_t(x), as PyTorch's own cross-entropy does;
+"weighted_mean" by that of c_t(x) w(x). Ignored pixels count nowhere. The gradient, with g the
 incoming gradient over the divisor:
 
     grad_a_k(x) = g w(x) (p_k(x) sum_j q_j(x) - q_k(x))

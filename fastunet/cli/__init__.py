@@ -1,0 +1,33 @@
+"""The command line of fastunet: a module a group of commands, and how errors end."""
+
+import sys
+
+from . import apply, tools, train  # each adds its commands to the application
+from .common import app
+
+
+def main() -> None:
+    """Run the command line: user errors end in one line and exit code 2, without a traceback."""
+    from ..backends import keep_freed_memory
+
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    keep_freed_memory()
+    try:
+        status = app(arguments, standalone_mode=False)
+    except Exception as error:
+        # the class of usage errors is typer's own in new versions and click's in old ones
+        usage = getattr(error, "format_message", None)
+        expected = (ValueError, TypeError, OSError, ModuleNotFoundError, MemoryError)
+        if debug or not (usage or isinstance(error, expected)):
+            raise
+        one_line = " ".join((usage() if usage else str(error)).split()) or type(error).__name__
+        sys.stderr.write(f"fastunet: error: {one_line}\n")
+        status = 2
+    except KeyboardInterrupt:
+        sys.stderr.write("fastunet: interrupted\n")
+        status = 130
+    sys.exit(status)
+
+
+__all__ = ["apply", "main", "tools", "train"]

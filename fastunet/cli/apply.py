@@ -1,0 +1,205 @@
+"""``fastunet predict``, ``evaluate`` and ``weight-map``: from files and a checkpoint to results."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from .common import (
+    AsJson,
+    Checkpoint,
+    Device,
+    Images,
+    LabelKind,
+    Labels,
+    Precision,
+    Separate,
+    app,
+    out,
+    print_result,
+    progress_bar,
+)
+
+
+@app.command()
+def predict(
+    images: Annotated[Path, typer.Argument(help="Files as for train.")],
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option("--output", "-o", help="TIFF file to write.")] = Path(
+        "prediction.tif"
+    ),
+    kind: Annotated[
+        Literal["probability", "label"], typer.Option(help="What the TIFF holds.")
+    ] = "probability",
+    overlay: Annotated[
+        Path | None, typer.Option(help="PNG, or a folder of PNGs, with outlines on the image.")
+    ] = None,
+    tile: Annotated[int | None, typer.Option(help="Input tile, in pixels; as fits best.")] = None,
+    batch: Annotated[int, typer.Option(help="Tiles at once.")] = 1,
+    precision: Precision = "float32",
+    device: Device = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Segment images of any size, in overlapping tiles with mirrored borders."""
+    from ..checkpoint import load_model
+    from ..devices import autocast_dtype, pick_device
+    from ..pages import open_pages
+    from ..predict import predict_pages
+
+    target = pick_device(device)
+    source = open_pages(images)
+    model = load_model(checkpoint, target)
+    with progress_bar(quiet or as_json) as progress:
+        task = progress.add_task("predicting", total=None)
+        predict_pages(
+            model,
+            source,
+            output,
+            output=kind,
+            tile=tile,
+            batch=batch,
+            autocast=autocast_dtype(target, precision),
+            overlay=overlay,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    result = {
+        "pages": len(source),
+        "output": str(output),
+        "overlay": None if overlay is None else str(overlay),
+    }
+    print_result(result, as_json)
+
+
+@app.command()
+def evaluate(
+    images: Images,
+    labels: Labels,
+    checkpoint: Checkpoint,
+    sections: Annotated[
+        str | None, typer.Option(help='Pages to score, such as "24-29"; all by default.')
+    ] = None,
+    label_kind: LabelKind = "auto",
+    separate: Separate = 1,
+    instances: Annotated[
+        Literal["components", "watershed"], typer.Option(help="How cells are told apart.")
+    ] = "watershed",
+    threshold: Annotated[float, typer.Option(help="Foreground is above it.")] = 0.5,
+    seed_threshold: Annotated[float, typer.Option(help="Watershed seeds are above it.")] = 0.8,
+    smooth: Annotated[float, typer.Option(help="Smoothing before seeding, in pixels.")] = 2.0,
+    tile: Annotated[int | None, typer.Option(help="Input tile, in pixels; as fits best.")] = None,
+    precision: Precision = "float32",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Score a checkpoint on labelled images."""
+    from ..checkpoint import load_model
+    from ..data import load_sections
+    from ..devices import autocast_dtype, pick_device
+    from ..metrics import score, summarise
+    from ..predict import predict
+
+    target = pick_device(device)
+    model = load_model(checkpoint, target)
+    loaded = load_sections(
+        images,
+        labels,
+        sections=sections,
+        n_classes=model.n_classes,
+        label_kind=label_kind,
+        separate=separate,
+    )
+    dtype = autocast_dtype(target, precision)
+    pages = {}
+    with progress_bar(as_json) as progress:
+        for section in progress.track(loaded, description="scoring"):
+            pages[section.name] = score(
+                predict(model, section.image, tile=tile, autocast=dtype),
+                section.classes,
+                section.cells,
+                method=instances,
+                threshold=threshold,
+                seed_threshold=seed_threshold,
+                smooth_px=smooth,
+            )
+    mean = summarise(list(pages.values()))
+    if as_json:
+        each = {name: page.to_dict() for name, page in pages.items()}
+        print_result({"mean": mean.to_dict(), "pages": each}, as_json)
+        return
+    table = Table("page", "pixel error", "Dice", "Rand error", "AP 0.5")
+    for name, page in pages.items():
+        values = (
+            page.pixel_error,
+            page.dice[1],
+            page.adapted_rand_error,
+            page.average_precision["0.50"],
+        )
+        table.add_row(name, *(f"{value:.4f}" for value in values))
+    out.print(table)
+    out.print(f"mean of {len(pages)} pages, cells by {instances}")
+    print_result(
+        {
+            "pixel error": f"{mean.pixel_error:.4f}",
+            "IoU by class": ", ".join(f"{value:.4f}" for value in mean.iou),
+            "Dice by class": ", ".join(f"{value:.4f}" for value in mean.dice),
+            "adapted Rand error": f"{mean.adapted_rand_error:.4f}",
+            "variation of information": f"{mean.vi_split:.4f} split, {mean.vi_merge:.4f} merge",
+            "average precision": ", ".join(
+                f"{value:.3f} at {t}" for t, value in mean.average_precision.items() if t[-1] == "0"
+            ),
+            "cells": f"{mean.predicted_instances:.1f} found, {mean.true_instances:.1f} true",
+        },
+        as_json,
+    )
+
+
+@app.command()
+def weight_map(
+    labels: Annotated[Path, typer.Argument(help="Labels; files as for train.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="TIFF file to write.")],
+    w0: Annotated[float, typer.Option(help="Height of the border weights.")] = 10.0,
+    sigma: Annotated[float, typer.Option(help="Width of the border weights, in pixels.")] = 5.0,
+    class_weight: Annotated[
+        Literal["balanced", "none"], typer.Option(help="Class part of the weights, page by page.")
+    ] = "balanced",
+    label_kind: LabelKind = "auto",
+    separate: Separate = 1,
+    png: Annotated[Path | None, typer.Option(help="Picture of the first page's weights.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the border weights of labels, one float32 page for each of theirs."""
+    import tifffile
+
+    from .. import ops
+    from ..data import open_cells
+    from ..figures import heat, write_png
+    from ..files import replacing
+
+    if output.suffix.lower() not in (".tif", ".tiff"):
+        raise ValueError(f"weight-map: the output must end in .tif or .tiff, got {output}")
+    source, pages = open_cells(labels, label_kind=label_kind, separate=separate)
+    weighed_bytes = sum(4 * h * w for _, h, w in map(source.shape, range(len(source))))
+    with (
+        progress_bar(quiet or as_json) as progress,
+        replacing(output) as temporary,
+        tifffile.TiffWriter(temporary, bigtiff=weighed_bytes > 2**32 - 2**25) as tif,
+    ):
+        for i, cells in enumerate(progress.track(pages, len(source), description="weighing")):
+            weights = ops.weight_map(
+                cells,
+                w0=w0,
+                sigma=sigma,
+                class_weight=None if class_weight == "none" else class_weight,
+            )
+            tif.write(weights, photometric="minisblack", contiguous=True)
+            if png is not None and i == 0:
+                write_png(png, heat(weights))
+    result = {
+        "pages": len(source),
+        "output": str(output),
+        "png": None if png is None else str(png),
+    }
+    print_result(result, as_json)

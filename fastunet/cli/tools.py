@@ -1,0 +1,97 @@
+"""``fastunet doctor``, ``bench`` and ``demo``."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from .. import __version__
+from .common import AsJson, Device, app, out, print_result
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say which device, which backend serves each operator, and why another does not."""
+    import torch
+
+    from .. import backends
+    from ..devices import autocast_dtype, pick_device
+
+    device = pick_device()
+    dtype = autocast_dtype(device)
+    facts = {
+        "fastunet": __version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "device": str(device),
+        "processor": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "precision": "float32" if dtype is None else str(dtype).removeprefix("torch."),
+        "extension": backends.EXTENSION_MISSING or "loaded",
+    }
+    rows = backends.report()
+    if as_json:
+        print_result({**facts, "operators": [asdict(row) for row in rows]}, as_json)
+        return
+    print_result(facts, as_json)
+    table = Table("operator", "device", "served by", "why nothing faster")
+    for row in rows:
+        table.add_row(row.operator, row.device, row.backend, row.why)
+    out.print(table)
+
+
+@app.command()
+def bench(
+    operators: Annotated[
+        list[str] | None, typer.Argument(help="What to time; everything by default.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    size: Annotated[int | None, typer.Option(help="Height and width, in pixels.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images at once.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A minute on a laptop.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File to write the rows to.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Folder for charts.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="Rows of an earlier run.")] = None,
+    fail_under: Annotated[
+        float | None, typer.Option(help="Exit with 1 if a ratio to eager is below it.")
+    ] = None,
+) -> None:
+    """Time the operators and the network against eager PyTorch and others."""
+    from fastunet_benchmarks.run import run
+
+    status = run(
+        operators or (),
+        device=device,
+        dtype=dtype,
+        size=size,
+        batch=batch,
+        quick=quick,
+        json_path=json_file,
+        plot=plot,
+        compare=compare,
+        fail_under=fail_under,
+        console=out,
+    )
+    raise typer.Exit(status)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder to leave everything in.")] = Path("demo"),
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 400,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+) -> None:
+    """Draw synthetic cells, train on them, segment others, score and show the result."""
+    from ..demo import run
+
+    result = run(output, steps=steps, device=device, seed=seed)
+    print_result(result, as_json=False)

@@ -1,0 +1,181 @@
+"""``fastunet train``."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ..augment import Augmentation, Rotation
+from ..train import Config
+from .common import (
+    AsJson,
+    Device,
+    Images,
+    LabelKind,
+    Labels,
+    Precision,
+    Separate,
+    app,
+    err,
+    print_result,
+)
+
+defaults = Config()
+drawn = Augmentation()
+
+
+@app.command()
+def train(
+    images: Images,
+    labels: Labels,
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/unet"),
+    train_sections: Annotated[
+        str | None, typer.Option(help='Pages to train on, such as "0-23" or "0-9,12-".')
+    ] = None,
+    val_sections: Annotated[
+        str | None, typer.Option(help="Pages to validate on; without them best is last.")
+    ] = None,
+    label_kind: LabelKind = "auto",
+    separate: Separate = 1,
+    classes: Annotated[int, typer.Option(help="Classes, background included.")] = 2,
+    widths: Annotated[str, typer.Option(help="Channels of each level.")] = "64,128,256,512,1024",
+    padding: Annotated[
+        Literal["valid", "same"], typer.Option(help="valid is the paper's.")
+    ] = "valid",
+    norm: Annotated[Literal["none", "batch"], typer.Option(help="none is the paper's.")] = "none",
+    up: Annotated[
+        Literal["transpose", "bilinear"], typer.Option(help="transpose is the paper's.")
+    ] = "transpose",
+    dropout: Annotated[float, typer.Option(help="At the end of the contracting path.")] = 0.5,
+    variant: Annotated[
+        Literal["paper", "release"], typer.Option(help="release is the authors' published one.")
+    ] = "paper",
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = defaults.steps,
+    batch: Annotated[int, typer.Option(help="Tiles a step.")] = defaults.batch,
+    tile: Annotated[int, typer.Option(help="Input tile, in pixels.")] = defaults.tile,
+    optimizer: Annotated[
+        Literal["sgd", "adamw"], typer.Option(help="sgd is the paper's.")
+    ] = defaults.optimizer,
+    lr: Annotated[float, typer.Option(help="Learning rate (peak).")] = defaults.lr,
+    momentum: Annotated[float, typer.Option(help="Of sgd.")] = defaults.momentum,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = defaults.weight_decay,
+    schedule: Annotated[
+        Literal["one-cycle", "constant"], typer.Option(help="Of the learning rate.")
+    ] = defaults.schedule,
+    w0: Annotated[float, typer.Option(help="Height of the border weights; 0: none.")] = defaults.w0,
+    sigma: Annotated[
+        float, typer.Option(help="Width of the border weights, in pixels.")
+    ] = defaults.sigma,
+    class_weight: Annotated[
+        Literal["balanced", "none"], typer.Option(help="Class part of the weights.")
+    ] = defaults.class_weight,
+    elastic: Annotated[
+        float, typer.Option(help="Elastic displacements, standard deviation in pixels.")
+    ] = drawn.elastic_px,
+    rotation: Annotated[Rotation, typer.Option(help="Random rotation.")] = drawn.rotation,
+    flip: Annotated[bool, typer.Option(help="Random mirroring.")] = drawn.flip,
+    contrast: Annotated[float, typer.Option(help="Random factor on grey values.")] = drawn.contrast,
+    brightness: Annotated[
+        float, typer.Option(help="Random offset of grey values.")
+    ] = drawn.brightness,
+    validate_every: Annotated[
+        int, typer.Option(help="Steps between validations and checkpoints.")
+    ] = defaults.validate_every,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = defaults.seed,
+    precision: Precision = defaults.precision,
+    device: Device = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write events too.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a U-Net on images and labels."""
+    import torch
+
+    from ..data import load_sections
+    from ..devices import pick_device
+    from ..train import BEST, fit
+    from ..unet import UNet
+
+    config = Config(
+        steps=steps,
+        batch=batch,
+        tile=tile,
+        optimizer=optimizer,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        w0=w0,
+        sigma=sigma,
+        class_weight=class_weight,
+        precision=precision,
+        validate_every=validate_every,
+        seed=seed,
+        augmentation=Augmentation(
+            elastic_px=elastic,
+            rotation=rotation,
+            flip=flip,
+            contrast=contrast,
+            brightness=brightness,
+        ),
+    )
+    target = pick_device(device)
+
+    def load(chosen: str | None) -> Any:
+        return load_sections(
+            images,
+            labels,
+            sections=chosen,
+            n_classes=classes,
+            label_kind=label_kind,
+            separate=separate,
+        )
+
+    training = load(train_sections)
+    validation = load(val_sections) if val_sections else []
+    torch.manual_seed(seed)
+    model = UNet(
+        training[0].image.shape[0],
+        classes,
+        widths=_integers("--widths", widths),
+        padding=padding,
+        norm=None if norm == "none" else norm,
+        up=up,
+        dropout=dropout,
+        variant=variant,
+    ).to(target)
+    outcome = fit(
+        model,
+        training,
+        config,
+        output,
+        validation=validation,
+        resume=resume,
+        quiet=quiet or as_json,
+        tensorboard=tensorboard,
+    )
+    if outcome.stopped_by is not None:
+        err.print(f"stopped at step {outcome.step}; continue with the same command and --resume")
+        raise typer.Exit(128 + outcome.stopped_by)
+    picture = _curve(output / "curve.png", outcome.history)
+    summary = {"steps": outcome.step, "checkpoint": str(output / BEST), "curve": picture}
+    print_result(summary, as_json)
+
+
+def _integers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} must be integers joined by commas, got {text!r}") from None
+
+
+def _curve(path: Path, history: list[dict[str, Any]]) -> str | None:
+    from ..figures import curve
+
+    try:
+        curve(path, history)
+    except ValueError as error:
+        err.print(f"no training curve: {error}")
+        return None
+    return str(path)
