@@ -25,8 +25,8 @@ from fastunet.tiles import plan_axis
 
 KINDS: list[tuple[Any, Any]] = list(product(("valid", "same"), ("transpose", "bilinear")))
 SIZES = [(1, 1), (1, 300), (2, 3), (37, 50), (61, 131)]
-# the acceptance bound on probabilities
-BOUND = 1e-5
+BOUND = 1e-5  # on probabilities
+MODULE = predict_pages.__globals__  # fastunet.predict is the function
 
 Array = NDArray[np.float32]
 
@@ -326,7 +326,7 @@ def test_large_results_are_bigtiff_and_sparse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # nothing is written in advance, so the test needs no such disk
-    monkeypatch.setattr("fastunet.predict.disk_usage", lambda path: SimpleNamespace(free=2**40))
+    monkeypatch.setitem(MODULE, "disk_usage", lambda path: SimpleNamespace(free=2**40))
     for shapes in ([(60000, 40000)], [(60000, 20000), (60000, 20001)]):
         path = tmp_path / f"{len(shapes)}.tif"
         pages = _create(path, shapes, np.uint16)
@@ -338,7 +338,7 @@ def test_large_results_are_bigtiff_and_sparse(
 
 def test_a_full_disk_is_noticed_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages_of(tmp_path / "in", [(1, 30, 50)])
-    monkeypatch.setattr("fastunet.predict.disk_usage", lambda path: SimpleNamespace(free=17999))
+    monkeypatch.setitem(MODULE, "disk_usage", lambda path: SimpleNamespace(free=17999))
     with pytest.raises(ValueError, match=r"must have 18000 bytes free, got 17999"):
         predict_pages(network(in_channels=1), open_pages(tmp_path / "in"), tmp_path / "o.tif")
     assert not (tmp_path / "o.tif").exists()

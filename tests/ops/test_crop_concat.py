@@ -47,7 +47,7 @@ def test_backward(shape: tuple[int, ...], device: torch.device) -> None:
     got = torch.autograd.grad(out, (skip, up), incoming)
     want = torch.autograd.grad(eager.crop_concat(skip, up), (skip, up), incoming)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    if out.numel():
+    if 0 < out.numel() < 1000:
         assert torch.autograd.gradcheck(fastunet.crop_concat, (skip[:, :2], up[:, :2]))
 
 
