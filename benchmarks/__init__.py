@@ -1,0 +1,1 @@
+"""The benchmarks: installed as ``fastunet_benchmarks``, run by ``fastunet bench``."""

@@ -1,0 +1,191 @@
+"""What a bench file is made of: a setting gives cases, and a case has inputs and contenders."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastunet.unet import UNet
+
+OURS = "fastunet"
+EAGER_LAYOUTS = {"eager": "contiguous", "eager channels_last": "channels_last"}
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+Inputs = dict[str, Tensor]
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run was asked for.
+
+    Args:
+        device: where fastunet and PyTorch run.
+        dtypes: of the inputs; the network runs float16 and bfloat16 under autocast.
+        size: height and width of the network's input in pixels, or None for each file's own.
+        batch: images, or None for each file's own.
+        quick: few cases, small sizes, and nothing that has to be compiled.
+    """
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    size: int | None = None
+    batch: int | None = None
+    quick: bool = False
+
+    def device_of(self, contender: "Contender") -> torch.device:
+        """Where ``contender`` runs."""
+        return torch.device("cpu") if contender.on_host else self.device
+
+    def network_size(self, quick: int, full: int) -> int:
+        """The smallest input of the paper's network that is as large as asked for."""
+        wanted = self.size or (quick if self.quick else full)
+        with torch.device("meta"):
+            return UNet().fitting_size(wanted)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a case.
+
+    Args:
+        name: as the table shows it.
+        prepare: makes, from the case's inputs, the call that is timed. It may not change them.
+        layout: memory format of the images it is given.
+        backend: who computes; fastunet's is found out by watching it.
+        trusted: plain code of PyTorch or scipy, whose error is the measure for the others'.
+        skip: why it does not take part, or None.
+        on_host: it runs on the CPU whatever the device.
+    """
+
+    name: str
+    prepare: Callable[[Inputs], Call]
+    layout: str = "contiguous"
+    backend: str = "torch"
+    trusted: bool = False
+    skip: str | None = None
+    on_host: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem that all contenders solve.
+
+    Args:
+        operator: the bench file's name.
+        name: sizes and direction, unique for an operator and dtype.
+        dtype: of the results, whose rounding a contender is allowed.
+        inputs: makes them, the same at each call.
+        exact: the results in float64.
+        contenders: the first is the one that the others are compared with.
+        moved_bytes: each input read once, each output written once; 0 if not counted.
+        flops: operations, two a multiply-add; 0 where memory is all that counts.
+    """
+
+    operator: str
+    name: str
+    dtype: torch.dtype
+    inputs: Callable[[], Inputs]
+    exact: Callable[[Inputs], tuple[Tensor, ...]]
+    contenders: tuple[Contender, ...]
+    moved_bytes: int = 0
+    flops: int = 0
+
+
+def bind(
+    function: Callable[..., Any],
+    inputs: Inputs,
+    leaves: Collection[str] = (),
+    layout: str = "contiguous",
+) -> Call:
+    """A call of ``function(**inputs)``, with the gradients of ``leaves`` after its outputs.
+
+    The gradients that come in are random, the same for each contender.
+    """
+    arguments = {
+        name: _laid_out(tensor, layout).requires_grad_(name in leaves)
+        for name, tensor in inputs.items()
+    }
+    if not leaves:
+        return torch.no_grad()(lambda: _as_tuple(function(**arguments)))
+    with torch.no_grad():
+        outputs = _as_tuple(function(**arguments))
+    # of values that every dtype holds, so that float64 sees the same
+    incoming = [
+        _laid_out(noise(output.shape, output.device, torch.bfloat16, seed=seed), layout).to(output)
+        for seed, output in enumerate(outputs)
+    ]
+    wanted = [arguments[name] for name in leaves]
+
+    def call() -> tuple[Tensor, ...]:
+        outputs = _as_tuple(function(**arguments))
+        return (*outputs, *torch.autograd.grad(outputs, wanted, incoming))
+
+    return call
+
+
+def rivals(
+    eager: Callable[..., Any],
+    ours: Callable[..., Any],
+    leaves: Collection[str],
+    setting: Setting,
+) -> tuple[Contender, ...]:
+    """Eager PyTorch in both layouts, ``torch.compile`` of it, and fastunet."""
+
+    def bound(function: Callable[..., Any], layout: str) -> Callable[[Inputs], Call]:
+        return lambda inputs: bind(function, inputs, leaves, layout)
+
+    def compiled(inputs: Inputs) -> Call:
+        return bind(torch.compile(eager, dynamic=False), inputs, leaves, "channels_last")
+
+    return (
+        *(
+            Contender(name, bound(eager, layout), layout, trusted=True)
+            for name, layout in EAGER_LAYOUTS.items()
+        ),
+        Contender(
+            "torch.compile",
+            compiled,
+            "channels_last",
+            backend="inductor",
+            skip=why_not_compiled(setting),
+        ),
+        Contender(OURS, bound(ours, "channels_last"), "channels_last"),
+    )
+
+
+def why_not_compiled(setting: Setting) -> str | None:
+    """Why ``torch.compile`` takes no part, or None."""
+    return "compiling takes longer than --quick allows" if setting.quick else None
+
+
+def exactly(function: Callable[..., Any], leaves: Collection[str] = ()) -> Callable[[Inputs], Any]:
+    """``function`` and its gradients in float64, as ``Case.exact``."""
+
+    def exact(inputs: Inputs) -> tuple[Tensor, ...]:
+        wide = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+        return bind(function, wide, leaves)()
+
+    return exact
+
+
+def noise(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, *, seed: int) -> Tensor:
+    """Normal random numbers, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As tables and options have it: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _laid_out(tensor: Tensor, layout: str) -> Tensor:
+    memory_format = MEMORY_FORMATS[layout] if tensor.ndim == 4 else torch.contiguous_format
+    return tensor.detach().clone(memory_format=memory_format)
+
+
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -1,0 +1,154 @@
+"""What a contender must pass before it is timed: right results, by the path that it names."""
+
+import sys
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .cases import OURS, Call, Case, Contender
+
+
+class RefusedError(Exception):
+    """A contender may not be timed; the message says why."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A contender that was let in.
+
+    Args:
+        contender: which.
+        call: one run of it.
+        backend: who computes; for fastunet "reference", "cpp", "triton" or "cuda", by operator
+            where they differ.
+        errors: largest absolute error of each result.
+    """
+
+    contender: Contender
+    call: Call
+    backend: str
+    errors: list[float]
+
+
+class Judge:
+    """Lets the contenders of one case be timed, or refuses them.
+
+    A result of fastunet may be twice as wrong as the trusted contenders' and one rounding, as in
+    the tests. Of others it is only asked that they compute the same: half of the digits agree.
+    """
+
+    def __init__(self, case: Case) -> None:
+        if "torch._dynamo" in sys.modules:
+            # or the shapes of earlier cases would use up its limit, and this one would run eagerly
+            torch.compiler.reset()
+        self._inputs = case.inputs()
+        self._exact = case.exact(self._inputs)
+        self._trials = {c.name: self._run(c) for c in case.contenders if c.trusted}
+        rounding = torch.finfo(case.dtype).eps
+        self._strict, self._lenient = [], []
+        for exact, *errors in zip(
+            self._exact, *(trial.errors for trial in self._trials.values()), strict=True
+        ):
+            self._strict.append(2 * (max(errors) + rounding * _largest(exact)))
+            self._lenient.append(max(self._strict[-1], rounding**0.5 * _largest(exact)))
+
+    def admit(self, contender: Contender) -> Trial:
+        """Run ``contender`` once.
+
+        Raises: RefusedError if its results are wrong, or if a kernel is there and did not run.
+        """
+        trial = self._trials.get(contender.name) or self._run(contender)
+        limits = self._strict if contender.name == OURS else self._lenient
+        for i, (error, allowed) in enumerate(zip(trial.errors, limits, strict=True)):
+            # a NaN is in no order
+            if not error <= allowed:
+                raise RefusedError(f"result {i} is off by {error:.2g}, allowed {allowed:.2g}")
+        return trial
+
+    def _run(self, contender: Contender) -> Trial:
+        call = contender.prepare(self._inputs)
+        backend = contender.backend
+        if contender.name == OURS:
+            outputs, served = watch(call)
+            backend = _named(served)
+        else:
+            outputs = call()
+        shapes, exact_shapes = ([list(t.shape) for t in ts] for ts in (outputs, self._exact))
+        if shapes != exact_shapes:
+            raise RefusedError(f"results have shapes {shapes}, should have {exact_shapes}")
+        errors = [
+            _largest(actual.detach().to(exact) - exact)
+            for actual, exact in zip(outputs, self._exact, strict=True)
+        ]
+        return Trial(contender, call, backend, errors)
+
+
+def watch(call: Call) -> tuple[tuple[Tensor, ...], dict[str, str]]:
+    """Run ``call`` once and see who computed each of fastunet's operators in it.
+
+    Returns: its outputs, and "reference", "cpp", "triton" or "cuda" by operator.
+    Raises: RefusedError if a kernel is registered for an operator and its reference ran.
+    """
+    watcher = _Watcher()
+    # backward runs on the watched thread, on a GPU too
+    with watcher, torch.autograd.set_multithreading_enabled(False):
+        outputs = call()
+    return outputs, watcher.served
+
+
+class _Watcher(TorchDispatchMode):
+    """Looks under fastunet's operators for the Python function that serves, if it is Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.served: dict[str, str] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        qualified = func._schema.name
+        if not qualified.startswith("fastunet::"):
+            return func(*args, **kwargs)
+        name = qualified.removeprefix("fastunet::")
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        ran = {"cpu": "cpp"}.get(device, device)
+
+        def note(frame: FrameType, event: str, _: object) -> None:
+            nonlocal ran
+            if event == "call" and frame.f_code.co_name == f"{name}_reference":
+                ran = "reference"
+            elif event == "call" and frame.f_globals.get("__name__", "").endswith(
+                ".triton_kernels"
+            ):
+                ran = "triton"
+
+        before = sys.getprofile()
+        sys.setprofile(note)
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            sys.setprofile(before)
+        if ran == "reference" and torch._C._dispatch_has_kernel_for_dispatch_key(
+            qualified, device.upper()
+        ):
+            raise RefusedError(f"{name}: a {device} kernel is there, but the reference ran")
+        self.served[name] = ran
+        return result
+
+
+def _named(served: dict[str, str]) -> str:
+    if not served:
+        raise RefusedError("none of fastunet's operators ran")
+    backends = set(served.values())
+    if len(backends) == 1:
+        return backends.pop()
+    return ", ".join(f"{name} {backend}" for name, backend in sorted(served.items()))
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().max()) if tensor.numel() else 0.0

@@ -1,0 +1,1 @@
+"""A bench file an operator: its cases, inputs, bytes, operations and contenders."""

@@ -1,0 +1,87 @@
+"""conv_relu: the blue arrows of figure 1, with the concatenation they read and the pooled copy."""
+
+from functools import partial
+from math import prod
+
+import torch
+
+from fastunet import ops
+
+from ..cases import Case, Inputs, Setting, exactly, noise, rivals
+from ..figure import PAPER_SIZE, Arrow, arrows
+
+# the first arrow, the largest, one of the middle, the deepest, the last concatenation
+QUICK_FORWARD = (0, 1, 5, 9, 16)
+QUICK_BACKWARD = (5, 16)
+
+
+def cases(setting: Setting) -> list[Case]:
+    """The convolutions of the paper's network, forward alone and with all gradients."""
+    size = setting.network_size(quick=220, full=PAPER_SIZE)
+    convolutions = [arrow for arrow in arrows(size) if arrow.kind == "conv"]
+    return [
+        _case(convolutions[i], dtype, backward, setting)
+        for dtype in setting.dtypes
+        for backward, few in ((False, QUICK_FORWARD), (True, QUICK_BACKWARD))
+        for i in (few if setting.quick else range(len(convolutions)))
+    ]
+
+
+def _case(arrow: Arrow, dtype: torch.dtype, backward: bool, setting: Setting) -> Case:
+    batch = setting.batch or 1
+    shapes = _shapes(arrow, batch)
+
+    def inputs() -> Inputs:
+        given = {
+            name: noise(shape, setting.device, dtype, seed=seed)
+            for seed, (name, shape) in enumerate(shapes.items())
+        }
+        given["weight"] *= (2 / prod(shapes["weight"][1:])) ** 0.5
+        return given
+
+    # the image itself needs no gradient
+    leaves = [name for name in shapes if backward and (name != "x" or arrow.c_in > 1)]
+    eager = partial(ops.eager.conv_relu, pool=arrow.pool)
+    ours = partial(ops.conv_relu, pool=arrow.pool)
+    passes = 1 + sum(name in leaves for name in ("x", "weight"))
+    return Case(
+        operator="conv_relu",
+        name=_name(arrow, batch) + (", forward + backward" if backward else ", forward"),
+        dtype=dtype,
+        inputs=inputs,
+        exact=exactly(eager, leaves),
+        contenders=rivals(eager, ours, leaves, setting),
+        moved_bytes=_elements(arrow, batch, leaves) * dtype.itemsize,
+        flops=passes * batch * arrow.flops,
+    )
+
+
+def _shapes(arrow: Arrow, batch: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "x": (batch, arrow.c_in, arrow.size, arrow.size),
+        "weight": (arrow.c_out, arrow.c_skip + arrow.c_in, 3, 3),
+        "bias": (arrow.c_out,),
+    }
+    if arrow.c_skip:
+        shapes["skip"] = (batch, arrow.c_skip, arrow.skip_size, arrow.skip_size)
+    return shapes
+
+
+def _elements(arrow: Arrow, batch: int, leaves: list[str]) -> int:
+    """Elements that must be read and written if each is touched once a pass."""
+    shapes = _shapes(arrow, batch)
+    y = batch * arrow.c_out * (arrow.size - 2) ** 2
+    results = y + (y // 4 if arrow.pool else 0)
+    source = batch * (arrow.c_skip + arrow.c_in) * arrow.size**2
+    forward = source + prod(shapes["weight"]) + arrow.c_out + results
+    if not leaves:
+        return forward
+    # incoming gradients, the mask, what was convolved, the weights; then the gradients
+    backward = results + y + source + prod(shapes["weight"])
+    return forward + backward + sum(prod(shapes[name]) for name in leaves)
+
+
+def _name(arrow: Arrow, batch: int) -> str:
+    channels = f"{arrow.c_skip}+{arrow.c_in}" if arrow.c_skip else f"{arrow.c_in}"
+    pool = " + pool" if arrow.pool else ""
+    return f"{batch} x {channels} -> {arrow.c_out}, {arrow.size}x{arrow.size}{pool}"

@@ -1,0 +1,50 @@
+"""weighted_cross_entropy: the loss on the paper network's output, with border weights."""
+
+import torch
+
+from fastunet import ops
+
+from ..cases import Case, Inputs, Setting, exactly, noise, rivals
+from ..figure import PAPER_SIZE, arrows
+
+CLASSES = (2, 8)
+
+
+def cases(setting: Setting) -> list[Case]:
+    """Two and eight classes, forward alone and with the gradient of the logits."""
+    *_, head = arrows(setting.network_size(quick=PAPER_SIZE, full=PAPER_SIZE))
+    return [
+        _case(classes, head.size, dtype, backward, setting)
+        for dtype in setting.dtypes
+        for backward in (False, True)
+        for classes in CLASSES
+    ]
+
+
+def _case(classes: int, size: int, dtype: torch.dtype, backward: bool, setting: Setting) -> Case:
+    batch = setting.batch or (1 if setting.quick else 4)
+    shape = (batch, size, size)
+
+    def inputs() -> Inputs:
+        target = torch.randint(classes, shape, generator=torch.Generator().manual_seed(0))
+        return {
+            "logits": noise((batch, classes, size, size), setting.device, dtype, seed=1),
+            "target": target.to(setting.device),
+            "pixel_weight": 1 + noise(shape, setting.device, torch.float32, seed=2).square(),
+        }
+
+    leaves = ("logits",) if backward else ()
+    # logits, int64 target and float32 weight read once; the gradient of the logits written
+    pixel_bytes = classes * dtype.itemsize * (1 + backward) + 8 + 4
+    return Case(
+        operator="weighted_cross_entropy",
+        name=f"{batch} x {classes} classes, {size}x{size}"
+        + (", forward + backward" if backward else ", forward"),
+        dtype=dtype,
+        inputs=inputs,
+        exact=exactly(ops.eager.weighted_cross_entropy, leaves),
+        contenders=rivals(
+            ops.eager.weighted_cross_entropy, ops.weighted_cross_entropy, leaves, setting
+        ),
+        moved_bytes=batch * size**2 * pixel_bytes,
+    )

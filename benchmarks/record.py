@@ -1,0 +1,288 @@
+"""Rows: what was measured, where and how, as JSON and Markdown, and against an older file."""
+
+import json
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastunet
+from fastunet.files import replacing
+
+from .cases import OURS
+
+COLUMNS = (
+    "case",
+    "contender",
+    "backend",
+    "ms",
+    "p20 to p80",
+    "speed-up",
+    "rate",
+    "of ceiling",
+)
+
+_KEY = ("operator", "case", "dtype", "contender")
+_PLACE = ("device", "driver", "torch", "triton", "threads", "tf32")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and with what a row was measured.
+
+    Args:
+        commit: of the checkout, "-dirty" if changed; the version where there is none.
+        device: the processor's or GPU's own name.
+        driver: of the GPU, None on the CPU.
+        torch, triton: versions; None if not installed.
+        threads: of PyTorch on the CPU.
+        tf32: which float32 operations may round their inputs to it: "convolutions", "products",
+            "on" for both, "off" for none.
+    """
+
+    commit: str
+    device: str
+    driver: str | None
+    torch: str
+    triton: str | None
+    threads: int
+    tf32: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender's time for one case.
+
+    Args:
+        operator, case, dtype, layout: what was computed.
+        contender, backend: by what.
+        status: "timed"; "skipped" (not here), "refused" (wrong, or by another path) or "failed".
+        reason: of any status but "timed".
+        baseline: the contender that speed-ups are over.
+        ms, p20_ms, p80_ms: median and percentiles over ``rounds`` of one call.
+        speedup, speedup_low, speedup_high: baseline's time over this, with its 95 % interval.
+        gb_s, tflop_s: the case's bytes and operations over the median; None if not counted.
+        bound: what limits the case at those ceilings, "bytes" or "operations".
+        share: of that ceiling; 1 is as fast as the device can.
+        copy_gb_s, matmul_tflop_s: those ceilings, in the same process.
+        error: largest absolute error of any result.
+        environment: where and with what.
+    """
+
+    operator: str
+    case: str
+    dtype: str
+    layout: str
+    contender: str
+    environment: Environment
+    baseline: str
+    status: str
+    reason: str = ""
+    backend: str = ""
+    ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    rounds: int | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    gb_s: float | None = None
+    tflop_s: float | None = None
+    bound: str = ""
+    share: float | None = None
+    copy_gb_s: float | None = None
+    matmul_tflop_s: float | None = None
+    error: float | None = None
+
+    def flat(self) -> dict[str, Any]:
+        """The row as one level of names and values, rounded to what was measured."""
+        values = asdict(self)
+        values |= values.pop("environment")
+        return {
+            name: float(f"{value:.5g}") if isinstance(value, float) else value
+            for name, value in values.items()
+        }
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text under ``COLUMNS``; only for one that was timed."""
+        speed = f"{self.speedup:.2f}x"
+        if self.contender != self.baseline:
+            speed += f" ({self.speedup_low:.2f} to {self.speedup_high:.2f})"
+        return (
+            f"{self.case}, {self.dtype}",
+            self.contender,
+            self.backend,
+            digits(self.ms),
+            f"{digits(self.p20_ms)} to {digits(self.p80_ms)}",
+            speed,
+            self._rate(),
+            f"{self.share:.0%}",
+        )
+
+    def _rate(self) -> str:
+        if self.bound == "bytes":
+            return f"{digits(self.gb_s)} GB/s"
+        return flop_rate(self.tflop_s or 0.0)
+
+
+def notes(rows: list[Row]) -> list[str]:
+    """Why rows were not timed, a line for each contender and reason."""
+    cases: dict[str, list[str]] = {}
+    for row in rows:
+        if row.status != "timed":
+            note = f"{row.operator}: {row.contender} {row.status}: {row.reason}"
+            cases.setdefault(note, []).append(row.case)
+    return [
+        f"{note} ({names[0]})" if len(names) == 1 else f"{note} ({len(names)} cases)"
+        for note, names in cases.items()
+    ]
+
+
+def environment(device: torch.device) -> Environment:
+    """Where and with what this process measures on ``device``."""
+    name = f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
+    driver, tf32 = None, "off"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = drivers.partition("\n")[0] or None
+        tf32 = {
+            (True, True): "on",
+            (True, False): "convolutions",
+            (False, True): "products",
+            (False, False): "off",
+        }[torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32]
+    return Environment(
+        commit=_commit(),
+        device=name,
+        driver=driver,
+        torch=torch.__version__,
+        triton=_version("triton"),
+        threads=torch.get_num_threads(),
+        tf32=tf32,
+    )
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """Write the rows to ``path`` as JSON, and beside it as a Markdown table."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps([row.flat() for row in rows], indent=1) + "\n")
+    with replacing(path.with_suffix(".md")) as temporary:
+        temporary.write_text(markdown(rows))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that ``write`` wrote.
+
+    Raises: ValueError, naming the file, if it is none.
+    """
+    try:
+        rows = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        rows = None
+    wanted = {*_KEY, "ms", "p20_ms", "p80_ms"}
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and wanted <= row.keys() for row in rows
+    ):
+        raise ValueError(f"{path}: must hold rows that fastunet bench wrote")
+    return rows
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table an operator under a list of where and with what."""
+    lines = [f"- {name}: {value}" for name, value in asdict(rows[0].environment).items()]
+    for operator in dict.fromkeys(row.operator for row in rows):
+        lines += ["", f"## {operator}", "", _line(COLUMNS), _line("---" for _ in COLUMNS)]
+        found = [row for row in rows if row.operator == operator]
+        lines += [_line(row.cells()) for row in found if row.status == "timed"]
+        lines += ["", *notes(found)]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row's time now and in an older file; ``clear`` if the percentiles do not overlap."""
+
+    row: Row
+    old_ms: float
+    factor: float
+    clear: bool
+
+
+def changes(rows: list[Row], old: list[dict[str, Any]]) -> list[Change]:
+    """How many times faster fastunet's rows are than the same ones of an older file."""
+    before = {tuple(row[name] for name in _KEY): row for row in old if row.get("ms") is not None}
+    found = []
+    for row in rows:
+        then = before.get(tuple(getattr(row, name) for name in _KEY))
+        if row.contender != OURS or row.ms is None or then is None:
+            continue
+        clear = row.p80_ms < then["p20_ms"] or then["p80_ms"] < row.p20_ms
+        found.append(Change(row, then["ms"], then["ms"] / row.ms, clear))
+    return found
+
+
+def moved(rows: list[Row], old: list[dict[str, Any]]) -> list[str]:
+    """What differs between the places of two files: their times then say little of the code."""
+    now, then = rows[0].flat(), old[0] if old else {}
+    return [
+        f"{name}: {then.get(name)} before, {now[name]} now"
+        for name in _PLACE
+        if then and then.get(name) != now[name]
+    ]
+
+
+def digits(value: float | None) -> str:
+    """Three significant digits, without an exponent."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}" if value >= 1e-3 else f"{value:.6f}"
+
+
+def flop_rate(tflop_s: float) -> str:
+    """A rate in the unit that suits it."""
+    return f"{digits(tflop_s)} TFLOP/s" if tflop_s >= 1 else f"{digits(tflop_s * 1e3)} GFLOP/s"
+
+
+def _line(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[1]
+    described = ""
+    # an installed copy may lie inside somebody else's checkout
+    if (root / ".git").exists():
+        described = _output("git", "-C", str(root), "describe", "--always", "--dirty")
+    return described or f"fastunet {fastunet.__version__}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        described = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        described = ""
+    model = re.search(r"^model name\s*:\s*(.+)$", described, re.MULTILINE)
+    return model[1] if model else platform.processor() or platform.machine()
+
+
+def _output(*command: str) -> str:
+    """What ``command`` prints; nothing if it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
