@@ -13,7 +13,7 @@ from .metrics import instances, score, summarise
 from .ops import weight_map
 from .predict import predict
 from .synthetic import write_cells
-from .train import BEST, Config, fit
+from .train import BEST, LAST, LOG, Config, fit
 from .unet import UNet
 
 PAGES, HELD_OUT, SIZE = 12, 4, (256, 256)
@@ -24,11 +24,12 @@ def run(folder: Path, *, steps: int, device: str, seed: int) -> dict[str, Any]:
     """Leave data, a checkpoint, a figure and scores in ``folder``; a summary comes back.
 
     Args:
-        folder: made if need be; a run that it holds is continued, and redone if it was complete.
+        folder: made if need be; an earlier demo in it is replaced.
         steps: optimiser steps.
         device: as ``pick_device`` takes it.
         seed: of everything random.
     Returns: names and values for a person to read.
+    Raises: KeyboardInterrupt if training was interrupted.
     """
     images, labels = write_cells(folder, pages=PAGES, size=SIZE, seed=seed)
     last = PAGES - HELD_OUT - 1
@@ -47,9 +48,11 @@ def run(folder: Path, *, steps: int, device: str, seed: int) -> dict[str, Any]:
         validate_every=max(1, steps // 4),
         seed=seed,
     )
-    for stale in (folder / "run").glob("*"):
-        stale.unlink()
+    for name in (LAST, BEST, LOG):
+        (folder / "run" / name).unlink(missing_ok=True)
     outcome = fit(model, training, config, folder / "run", validation=held_out)
+    if outcome.stopped_by is not None:
+        raise KeyboardInterrupt
 
     best = load_model(folder / "run" / BEST, target)
     probabilities = [predict(best, section.image) for section in held_out]

@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from .files import replacing
+
 
 class Report:
     """Tells a person and a machine how a run goes.
@@ -39,8 +41,8 @@ class Report:
         tensorboard: Path | None = None,
     ) -> None:
         self.history = [line for line in read_log(log) if line["step"] <= step]
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        with replacing(log) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.history))
         self._log = log.open("a", buffering=1)
         self._writer = _open_tensorboard(tensorboard, step) if tensorboard else None
         console = Console(stderr=True)

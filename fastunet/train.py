@@ -47,7 +47,7 @@ class Config:
         w0: height of the border term of the weight map; 0 for none.
         sigma: width of the border term, in pixels.
         class_weight: "balanced" gives all classes equal weight in sum over the training set.
-        precision: "auto", "float32", "bfloat16" or "float16" (forward pass, under autocast).
+        precision: "auto", "float32" or "bfloat16" (of the forward pass, under autocast).
         validate_every: steps between validations and checkpoints.
         seed: of weights, tiles, augmentation and dropout.
         augmentation: what is drawn for each tile.
@@ -87,6 +87,8 @@ class Config:
             ("optimizer", ("sgd", "adamw")),
             ("schedule", ("one-cycle", "constant")),
             ("class_weight", ("balanced", "none")),
+            # float16 would need its loss scaled
+            ("precision", ("auto", "float32", "bfloat16")),
         ):
             if getattr(self, name) not in allowed:
                 got = repr(getattr(self, name))
@@ -115,7 +117,7 @@ def train_step(
     config: Config,
 ) -> Tensor:
     """One step of gradient descent on images [B, C, H, W], labels [B, 2, H, W]; its loss."""
-    margin = (images.shape[-1] - model.output_size(images.shape[-1])) // 2
+    margin = _lost(model)
     # cells farther than this from an output pixel add less than w0 * 2e-8 to its weight
     context = min(margin, ceil(6 * config.sigma))
     labels = _centre(labels, margin - context)
@@ -190,16 +192,17 @@ def fit(
     model.output_size(config.tile)
     class_weight = class_weights(sections, model.n_classes, config.class_weight).to(device)
     optimizer = _optimizer(model, config)
+    run = {"network": model.config, "run": asdict(config), "data": _names(sections, validation)}
     state: dict[str, Any] = {"step": 0, "best": None}
     if resume:
-        state = _restore(folder / LAST, model, optimizer, config)
+        state = _restore(folder / LAST, model, optimizer, run)
     elif (folder / LAST).exists():
         raise ValueError(f"{folder} already holds a run: resume it or choose another folder")
     for leftover in folder.glob(".*.partial.*"):
         leftover.unlink()
 
     def save(name: str) -> None:
-        save_checkpoint(folder / name, model, optimizer, {**state, "config": asdict(config)})
+        save_checkpoint(folder / name, model, optimizer, {**state, "resumes": run})
 
     model.train()
     report = Report(
@@ -270,22 +273,30 @@ def _optimizer(model: UNet, config: Config) -> torch.optim.Optimizer:
 
 
 def _restore(
-    path: Path, model: UNet, optimizer: torch.optim.Optimizer, config: Config
+    path: Path, model: UNet, optimizer: torch.optim.Optimizer, run: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
+    """Load the checkpoint at ``path`` into both, if it belongs to the same ``run``."""
     saved, tensors, state = load_checkpoint(path)
-    if "config" not in state:
+    if "resumes" not in state:
         raise CheckpointError(f"{path}: holds no run to resume")
-    for kind, old, new in (
-        ("network", saved.config, model.config),
-        ("run", state.pop("config"), asdict(config)),
-    ):
-        changed = [key for key in new if old.get(key) != new[key]]
+    for kind, old in state.pop("resumes").items():
+        changed = [key for key, value in run[kind].items() if old.get(key) != value]
         if changed:
-            was = ", ".join(f"{key} {old.get(key)} (now {new[key]})" for key in changed)
+            was = ", ".join(f"{key} {old.get(key)} (now {run[kind][key]})" for key in changed)
             raise ValueError(f"{path}: the {kind} to resume had {was}")
     model.load_state_dict(saved.state_dict())
     restore_optimizer(optimizer, tensors)
     return state
+
+
+def _names(sections: Sequence[Section], validation: Sequence[Section]) -> dict[str, Any]:
+    """What tells data sets apart, short enough for a message."""
+    return {
+        f"{kind} sections": f"{len(some)} from {some[0].name} to {some[-1].name}"
+        if some
+        else "none"
+        for kind, some in (("training", sections), ("validation", validation))
+    }
 
 
 def _centre(tensor: Tensor, margin: int) -> Tensor:

@@ -161,6 +161,9 @@ def test_refuses_to_overwrite_or_change_a_run(tmp_path: Path) -> None:
             resume=True,
             quiet=True,
         )
+    torch.manual_seed(1)
+    with pytest.raises(ValueError, match=r"the data to resume had training sections 2 from page 0"):
+        fit(small_model(), [section(1)], small_config(), tmp_path, resume=True, quiet=True)
     assert (tmp_path / LAST).read_bytes() == before
     with pytest.raises(ValueError, match="no such checkpoint"):
         fit_small(tmp_path / "empty", small_config(), resume=True)

@@ -13,7 +13,6 @@ from .common import (
     Images,
     LabelKind,
     Labels,
-    Precision,
     Separate,
     app,
     err,
@@ -82,7 +81,7 @@ def train(
         int, typer.Option(help="Steps between validations and checkpoints.")
     ] = defaults.validate_every,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = defaults.seed,
-    precision: Precision = defaults.precision,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = defaults.precision,
     device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write events too.")] = False,

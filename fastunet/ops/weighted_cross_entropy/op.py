@@ -15,11 +15,15 @@ from .reference import (
 
 _ARGUMENTS = (
     "Tensor logits, Tensor target, Tensor? pixel_weight, Tensor? class_weight, "
-    "int ignore_index, float label_smoothing, str reduction"
+    "int ignore_index, float label_smoothing"
 )
 
-LIBRARY.define(f"weighted_cross_entropy({_ARGUMENTS}) -> Tensor")
-LIBRARY.define(f"weighted_cross_entropy_bwd(Tensor grad_loss, {_ARGUMENTS}) -> Tensor")
+LIBRARY.define(
+    f"weighted_cross_entropy({_ARGUMENTS}, str reduction) -> (Tensor loss, Tensor divisor)"
+)
+LIBRARY.define(
+    f"weighted_cross_entropy_bwd(Tensor grad_loss, Tensor divisor, {_ARGUMENTS}) -> Tensor"
+)
 for _name, _reference in (
     ("weighted_cross_entropy", weighted_cross_entropy_reference),
     ("weighted_cross_entropy_bwd", weighted_cross_entropy_bwd_reference),
@@ -28,14 +32,18 @@ for _name, _reference in (
     torch.library.register_fake(f"fastunet::{_name}", _reference, lib=LIBRARY)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.reduction = inputs
-    ctx.save_for_backward(*tensors)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.ignore_index, ctx.label_smoothing, _ = inputs
+    divisor = output[1]
+    ctx.mark_non_differentiable(divisor)
+    ctx.save_for_backward(divisor, *tensors)
 
 
-def _weighted_cross_entropy_backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+def _weighted_cross_entropy_backward(
+    ctx: Any, grad_loss: Tensor, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     grad_logits = torch.ops.fastunet.weighted_cross_entropy_bwd(
-        grad_loss, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing, ctx.reduction
+        grad_loss, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing
     )
     return (grad_logits, *(None,) * 6)
 
@@ -80,9 +88,10 @@ def weighted_cross_entropy(
     Source: Ronneberger et al. 2015, equation 1.
     """
     _check(logits, target, pixel_weight, class_weight, label_smoothing, reduction)
-    return torch.ops.fastunet.weighted_cross_entropy(
+    loss, _ = torch.ops.fastunet.weighted_cross_entropy(
         logits, target, pixel_weight, class_weight, ignore_index, float(label_smoothing), reduction
     )
+    return loss
 
 
 def _check(

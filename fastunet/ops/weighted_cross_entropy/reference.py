@@ -28,60 +28,68 @@ def weighted_cross_entropy_reference(
     ignore_index: int,
     label_smoothing: float,
     reduction: str,
-) -> Tensor:
-    """The loss: [B, ...] for "none", otherwise a scalar."""
+) -> tuple[Tensor, Tensor]:
+    """The loss, [B, ...] for "none" and otherwise a scalar, and what its sum was divided by."""
     exact = _widened(logits)
+    # without pixel weights the sum needs no loss a pixel
+    summed = pixel_weight is None and reduction != "none"
     loss = F.cross_entropy(
         exact,
         target.long(),
         None if class_weight is None else class_weight.to(exact.dtype),
         ignore_index=ignore_index,
-        reduction="none",
+        reduction="sum" if summed else "none",
         label_smoothing=label_smoothing,
     )
     if pixel_weight is not None:
         loss = loss * pixel_weight
-    if reduction != "none":
+    if reduction != "none" and not summed:
         loss = loss.sum()
-        divisor = _divisor(exact, target, pixel_weight, class_weight, ignore_index, reduction)
-        loss = loss if divisor is None else loss / divisor
-    return loss.to(logits.dtype)
+    divisor = exact.new_ones(())
+    if reduction in ("mean", "weighted_mean"):
+        share = (target != ignore_index).to(exact.dtype)
+        if class_weight is not None:
+            share = share * class_weight.to(exact.dtype)[_index(target, logits)]
+        if pixel_weight is not None and reduction == "weighted_mean":
+            share = share * pixel_weight
+        divisor = share.sum()
+        loss = loss / divisor
+    return loss.to(logits.dtype), divisor
 
 
 def weighted_cross_entropy_bwd_reference(
     grad_loss: Tensor,
+    divisor: Tensor,
     logits: Tensor,
     target: Tensor,
     pixel_weight: Tensor | None,
     class_weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
-    reduction: str,
 ) -> Tensor:
     """The gradient of the logits, from a softmax taken anew."""
     exact = _widened(logits)
     classes = logits.shape[1]
-    weights = exact.new_ones(classes) if class_weight is None else class_weight.to(exact.dtype)
-    counts = target != ignore_index
-    index = torch.where(counts, target, 0).long()
-
-    scale = grad_loss.to(exact.dtype) * counts
+    index = _index(target, logits)
+    scale = grad_loss.to(exact.dtype) / divisor
     if pixel_weight is not None:
         scale = scale * pixel_weight
-    divisor = _divisor(exact, target, pixel_weight, class_weight, ignore_index, reduction)
-    if divisor is not None:
-        scale = scale / divisor
+    scale = scale * (target != ignore_index)
 
-    smooth = weights * (label_smoothing / classes)  # [K]
-    peak = weights[index] * (1 - label_smoothing)  # [B, ...]
-    index = index.unsqueeze(1)
+    # q is `smooth` at every class, and `peak` more at the target
+    peak: Tensor | float = 1 - label_smoothing
+    smooth = exact.new_full((classes,), label_smoothing / classes)
+    if class_weight is not None:
+        weights = class_weight.to(exact.dtype)
+        peak, smooth = weights[index] * peak, weights * smooth
     grad = torch.softmax(exact, 1).mul_(((peak + smooth.sum()) * scale).unsqueeze(1))
     # one subtraction at the target, so that K = 1 gives exactly 0
-    at_target = grad.gather(1, index) - ((peak + smooth[index[:, 0]]) * scale).unsqueeze(1)
+    at_target = peak + smooth[index] if label_smoothing > 0 else peak
+    index = index.unsqueeze(1)
+    target_grad = grad.gather(1, index) - (at_target * scale).unsqueeze(1)
     if label_smoothing > 0:
         grad -= smooth.view(-1, *(1,) * (logits.ndim - 2)) * scale.unsqueeze(1)
-    grad.scatter_(1, index, at_target)
-    return grad.to(logits.dtype)
+    return grad.scatter_(1, index, target_grad).to(logits.dtype)
 
 
 def _widened(logits: Tensor) -> Tensor:
@@ -89,21 +97,6 @@ def _widened(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _divisor(
-    exact: Tensor,
-    target: Tensor,
-    pixel_weight: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-) -> Tensor | None:
-    """What "mean" and "weighted_mean" divide by."""
-    if reduction not in ("mean", "weighted_mean"):
-        return None
-    counts = target != ignore_index
-    share = counts.to(exact.dtype)
-    if class_weight is not None:
-        share = share * class_weight.to(exact.dtype)[torch.where(counts, target, 0).long()]
-    if pixel_weight is not None and reduction == "weighted_mean":
-        share = share * pixel_weight
-    return share.sum()
+def _index(target: Tensor, logits: Tensor) -> Tensor:
+    """The target as an index that is in range where a pixel is ignored."""
+    return target.long().clamp(0, logits.shape[1] - 1)
