@@ -1,11 +1,13 @@
 """``fastunet bench``: run the chosen bench files, show their rows, record and compare them."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -210,18 +212,18 @@ def _brief(error: Exception) -> str:
 
 
 def _show(rows: list[record.Row], console: Console) -> None:
-    table = Table(title=rows[0].operator, title_justify="left")
-    for column in record.COLUMNS:
-        table.add_column(column, justify="right" if column in ("ms", "of ceiling") else "left")
-    shown = ""
-    for row in rows:
-        if row.status == "timed":
-            case, *cells = row.cells()
-            if case != shown:
-                table.add_section()
-            table.add_row("" if case == shown else case, *cells)
-            shown = case
-    console.print(table)
+    """A table for each case, narrow enough for 80 columns."""
+    timed = [row for row in rows if row.status == "timed"]
+    for case, of_case in groupby(timed, key=lambda row: row.cells()[0]):
+        table = Table(
+            title=f"{rows[0].operator}: {case}", title_justify="left", box=SIMPLE_HEAD, padding=0
+        )
+        for column in record.COLUMNS[1:]:
+            right = column in ("ms", "of ceiling")
+            table.add_column(f"{column}  ", justify="right" if right else "left", no_wrap=True)
+        for row in of_case:
+            table.add_row(*(f"{cell}  " for cell in row.cells()[1:]))
+        console.print(table)
     for note in record.notes(rows):
         console.print(note, markup=False)
 
