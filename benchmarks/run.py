@@ -218,11 +218,13 @@ def _show(rows: list[record.Row], console: Console) -> None:
         table = Table(
             title=f"{rows[0].operator}: {case}", title_justify="left", box=SIMPLE_HEAD, padding=0
         )
-        for column in record.COLUMNS[1:]:
-            right = column in ("ms", "of ceiling")
-            table.add_column(f"{column}  ", justify="right" if right else "left", no_wrap=True)
+        for column in ("contender", "ms", "p20 to p80", "speed-up", "rate", "ceiling"):
+            table.add_column(f"{column} ", justify="right", no_wrap=True)
         for row in of_case:
-            table.add_row(*(f"{cell}  " for cell in row.cells()[1:]))
+            _, contender, backend, *cells = (cell.replace(" to ", "-") for cell in row.cells())
+            if row.contender == OURS:
+                contender = f"{contender} ({backend})"
+            table.add_row(*(f"{cell} " for cell in (contender, *cells)))
         console.print(table)
     for note in record.notes(rows):
         console.print(note, markup=False)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -275,7 +276,8 @@ def test_run_records_and_compares(tmp_path: Path) -> None:
     assert rows[0]["speedup"] == 1
     assert rows[0]["torch"] == torch.__version__
     assert rows[0]["threads"] == torch.get_num_threads()
-    assert all(row["p20_ms"] <= row["ms"] <= row["p80_ms"] for row in rows)
+    timed = [row for row in rows if row["status"] == "timed"]
+    assert all(row["p20_ms"] <= row["ms"] <= row["p80_ms"] for row in timed)
     assert "| 1 x 20 cells, 32x32, float32 | fastunet |" in path.with_suffix(".md").read_text()
     assert {file.name for file in charts.iterdir()} == {
         "speedup-weight_map.png",
@@ -353,8 +355,8 @@ def _pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_pytest_runs_benchmarks_on_request_alone() -> None:
     asked = _pytest("--benchmark", "-k", "weight_map and 20")
     assert asked.returncode == 0, asked.stdout
-    assert "4 tests" in asked.stdout
-    assert "4 passed" in asked.stdout
+    # scipy twice and ours; the edt package takes part where it is installed
+    assert re.search(r"\b[34] passed", asked.stdout)
     plain = _pytest("--collect-only", "benchmarks")
     assert "no tests collected" in plain.stdout
     mixed = _pytest("--benchmark", "tests")

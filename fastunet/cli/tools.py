@@ -86,7 +86,7 @@ def bench(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder to leave everything in.")] = Path("demo"),
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 400,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 800,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
