@@ -57,7 +57,8 @@ class Report:
             disable=quiet or not console.is_terminal,
         )
         self._task = self._progress.add_task("", total=steps, completed=step, note="")
-        self._start = time.perf_counter() - (self.history[-1]["seconds"] if self.history else 0)
+        self._first, self._began = step, time.perf_counter()
+        self._start = self._began - (self.history[-1]["seconds"] if self.history else 0)
 
     def __enter__(self) -> "Report":
         self._progress.start()
@@ -75,8 +76,9 @@ class Report:
             self._writer.close()
 
     def advance(self, step: int, note: str) -> None:
-        """Move the bar to ``step`` and show ``note`` beside it."""
-        self._progress.update(self._task, completed=step, note=note)
+        """Move the bar to ``step`` and show ``note`` and the steps a second beside it."""
+        rate = (step - self._first) / (time.perf_counter() - self._began)
+        self._progress.update(self._task, completed=step, note=f"{note}, {rate:.3g} steps/s")
 
     def line(self, step: int, **values: float) -> None:
         """Record values at ``step``; several calls at one step make one line of history each."""

@@ -232,8 +232,9 @@ def fit(
                     f"lower the learning rate ({config.lr})"
                 )
             state["step"] = step = step + 1
-            report.line(step, loss=loss, lr=optimizer.param_groups[0]["lr"])
-            report.advance(step, f"loss {_recent(report.history):.4f}")
+            lr = optimizer.param_groups[0]["lr"]
+            report.line(step, loss=loss, lr=lr)
+            report.advance(step, f"loss {_recent(report.history):.4f}, lr {lr:.2g}")
             if step % config.validate_every == 0 or step == config.steps:
                 scores = validate(model, validation, class_weight, config) if validation else {}
                 if scores:
