@@ -1,10 +1,9 @@
-// The operators as torch sees them, through its stable ABI: one binary for every torch >= 2.11.
+// The operators on CPU tensors, through torch's stable ABI: one binary for every torch >= 2.11.
 // Schemas and argument checks are in fastunet/ops/<op>/op.py; load order is free.
+#include "ops.h"
+
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <atomic>
@@ -17,9 +16,7 @@
 namespace fastunet {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
-using torch::stable::Tensor;
 
 // pixels that are worth a thread
 constexpr int64_t kGrain = 1 << 14;
@@ -27,13 +24,6 @@ constexpr int64_t kGrain = 1 << 14;
 // tasks that are worth a thread, if each has so many pixels
 int64_t grain(int64_t pixels) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, pixels));
-}
-
-void check_labels(const Tensor& labels, const char* op) {
-  const ScalarType dtype = labels.scalar_type();
-  STD_TORCH_CHECK(labels.dim() == 4, op, ": labels must be [B, D, H, W], got rank ", labels.dim());
-  STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, op,
-                  ": labels must be int32 or int64");
 }
 
 Tensor as_int32(const Tensor& labels) {
@@ -49,25 +39,18 @@ Tensor as_int32(const Tensor& labels) {
   return narrow;
 }
 
-struct ClassWeight {
-  float of[2] = {1.0f, 1.0f};  // background, cells
-};
-
 ClassWeight given_class_weight(const Tensor& given) {
-  STD_TORCH_CHECK(given.scalar_type() == ScalarType::Float && given.numel() == 2,
-                  "weight_map: class_weight must be [2] float32");
-  ClassWeight weight;
-  std::copy_n(contiguous(given).const_data_ptr<float>(), 2, weight.of);
-  return weight;
+  check_class_weight(given);
+  const Tensor weight = contiguous(given);
+  const float* of_class = weight.const_data_ptr<float>();
+  return {of_class[0], of_class[1]};
 }
 
-ClassWeight balanced_class_weight(const int32_t* labels, int64_t size) {
+int64_t count_cells(const int32_t* labels, int64_t size) {
   std::atomic<int64_t> cells{0};
   parallel_for(0, size, kGrain,
                [&](int64_t begin, int64_t end) { cells += cpu::count_cells(labels, begin, end); });
-  if (cells == 0 || cells == size) return {};
-  const auto weight = [&](int64_t count) { return static_cast<float>(size / (2.0 * count)); };
-  return {{weight(size - cells), weight(cells)}};
+  return cells;
 }
 
 std::tuple<Tensor, Tensor, Tensor> weight_map_cpu(const Tensor& any_labels,
@@ -84,11 +67,11 @@ std::tuple<Tensor, Tensor, Tensor> weight_map_cpu(const Tensor& any_labels,
   if (labels.numel() == 0) return {weights, d1, d2};
 
   const int32_t* ids = labels.const_data_ptr<int32_t>();
+  const int64_t size = labels.numel();
   const ClassWeight classes = class_weight.has_value() ? given_class_weight(*class_weight)
-                              : balanced               ? balanced_class_weight(ids, labels.numel())
-                                                       : ClassWeight{};
-  const double smallest = std::min(classes.of[0], classes.of[1]);
-  const double reach = distances ? INFINITY : border_reach(w0, sigma, smallest);
+                              : balanced ? balanced_class_weight(count_cells(ids, size), size)
+                                         : ClassWeight{1.0f, 1.0f};
+  const double reach = distances ? INFINITY : border_reach(w0, sigma, classes);
   const Border border = make_border(w0, sigma);
 
   // [length, height, width]: lines are scanned along the first axis, which in images is the rows
@@ -121,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> weight_map_cpu(const Tensor& any_labels,
       });
     }
     parallel_for(0, length * height, grain(width), [&](int64_t begin, int64_t end) {
-      cpu::weigh_rows(here, nearest, width, across, border, classes.of, into(weights), into(d1),
+      cpu::weigh_rows(here, nearest, width, across, border, classes, into(weights), into(d1),
                       into(d2), begin, end);
     });
   }

@@ -50,6 +50,12 @@ FASTUNET_HOST_DEVICE inline Nearest<Id> advance(const Nearest<Id>& behind, Id la
           (is_cell ? other : behind.second) + 1.0f};
 }
 
+// The set as seen from a pixel that is farther away by `distance`, in steps or squares.
+template <typename Id>
+FASTUNET_HOST_DEVICE inline Nearest<Id> moved(const Nearest<Id>& nearest, float distance) {
+  return {nearest.id, nearest.first + distance, nearest.second + distance};
+}
+
 FASTUNET_HOST_DEVICE inline float squared(float steps, float spacing) {
   const float distance = steps * spacing;
   return distance * distance;
@@ -75,6 +81,20 @@ FASTUNET_HOST_DEVICE inline float exp_of_negative(float x) {
   return x < -87.0f ? 0.0f : p * power;
 }
 
+struct ClassWeight {
+  float background;
+  float cells;
+};
+
+// Gives background and cells the same total and the pixels a mean of 1.
+FASTUNET_HOST_DEVICE inline ClassWeight balanced_class_weight(int64_t cells, int64_t pixels) {
+  if (cells == 0 || cells == pixels) return {1.0f, 1.0f};
+  const double of_cells = static_cast<double>(cells);
+  const double of_both = static_cast<double>(pixels);
+  return {static_cast<float>(of_both / (2.0 * (of_both - of_cells))),
+          static_cast<float>(of_both / (2.0 * of_cells))};
+}
+
 struct Border {
   float w0;
   float scale;  // -1 / (2 sigma^2)
@@ -91,8 +111,10 @@ FASTUNET_HOST_DEVICE inline float border_weight(const Border& border, float d1, 
 
 // The d1 + d2 from which the border term no longer changes a weight: it is then less than half the
 // last bit of the smaller class weight, or zero in float32.
-FASTUNET_HOST_DEVICE inline double border_reach(double w0, double sigma, double class_weight) {
-  const double invisible = class_weight * 0x1p-26;
+FASTUNET_HOST_DEVICE inline double border_reach(double w0, double sigma,
+                                                const ClassWeight& classes) {
+  const float smaller = classes.cells < classes.background ? classes.cells : classes.background;
+  const double invisible = smaller * 0x1p-26;
   double exponent = invisible > 0 ? std::log(w0 / invisible) : 104.0;
   exponent = exponent < 104.0 ? exponent : 104.0;
   return exponent > 0 ? sigma * std::sqrt(2.0 * exponent) : 0.0;

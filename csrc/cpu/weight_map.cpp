@@ -146,7 +146,7 @@ void merge_columns(NearestMap nearest, int64_t height, int64_t width, const Wind
 
 FASTUNET_VECTORIZED
 void weigh_rows(const int32_t* labels, NearestMap nearest, int64_t width, const Window& window,
-                const Border& border, const float class_weight[2], float* weights, float* d1,
+                const Border& border, const ClassWeight& classes, float* weights, float* d1,
                 float* d2, int64_t begin, int64_t end) {
   const Padded row(column_groups(width) * kLanes, window.steps);
   for (int64_t y = begin; y < end; ++y) {
@@ -162,7 +162,7 @@ void weigh_rows(const int32_t* labels, NearestMap nearest, int64_t width, const 
         falloff[lane] = border_weight(border, first[lane], second[lane]);
       }
       for (int64_t lane = 0; lane < count; ++lane) {
-        const float of_class = labels[corner + lane] > 0 ? class_weight[1] : class_weight[0];
+        const float of_class = labels[corner + lane] > 0 ? classes.cells : classes.background;
         weights[corner + lane] = of_class + falloff[lane];
       }
       if (d1 != nullptr) {

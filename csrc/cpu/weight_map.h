@@ -46,7 +46,7 @@ void merge_columns(NearestMap nearest, int64_t height, int64_t width, const Wind
 // Merges along the last axis and writes the weights, and d1 and d2 unless they are null. Tasks are
 // the rows.
 void weigh_rows(const int32_t* labels, NearestMap nearest, int64_t width, const Window& window,
-                const Border& border, const float class_weight[2], float* weights, float* d1,
+                const Border& border, const ClassWeight& classes, float* weights, float* d1,
                 float* d2, int64_t begin, int64_t end);
 
 int64_t count_cells(const int32_t* labels, int64_t begin, int64_t end);
