@@ -160,9 +160,13 @@ def test_architectures_are_checked(tmp_path: Path) -> None:
 
 
 def test_needs_a_toolkit(tmp_path: Path) -> None:
-    """Looked for in CUDA_HOME, CUDA_PATH, PATH and the usual place, and there alone."""
-    if Path("/usr/local/cuda/include/cuda_runtime.h").exists():
-        pytest.skip("a CUDA toolkit is installed in the usual place")
-    done = setup("--name", FASTUNET_BUILD_CUDA="1", CUDA_HOME=str(tmp_path), PATH="")
+    (tmp_path / "sitecustomize.py").write_text(
+        "from pathlib import Path\n"
+        "exists = Path.exists\n"
+        "Path.exists = lambda path: path.name != 'nvcc' and exists(path)\n"
+    )
+    done = setup("--name", FASTUNET_BUILD_CUDA="1", PYTHONPATH=str(tmp_path))
     assert done.returncode != 0
     assert "FASTUNET_BUILD_CUDA=1 needs a CUDA toolkit" in done.stderr
+    done = setup("--name", FASTUNET_BUILD_CUDA="auto", PYTHONPATH=str(tmp_path))
+    assert done.stdout.strip() == "fastunet"
