@@ -78,6 +78,10 @@ def test_abi_is_stable() -> None:
 @needs_nvcc
 def test_abi_with_cuda_is_stable(cuda_build: tuple[Path, str]) -> None:
     check_abi(cuda_build[0])
+    dynamic = subprocess.check_output(["readelf", "-d", cuda_build[0]], text=True)
+    # the one library that brings CUDA's half of torch where there is one
+    assert "[libtorch.so]" in dynamic
+    assert "cuda" not in dynamic
 
 
 @needs_nvcc
