@@ -31,8 +31,8 @@ FLAGS = [
     "-fno-trapping-math",
 ]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-# A100, H100 and H200, B200; later ones compile the PTX
-ARCHITECTURES = "8.0;9.0;10.0+PTX"
+# T4, A100, H100 and H200, B200; their relatives run the same code, and later ones compile the PTX
+ARCHITECTURES = "7.5;8.0;9.0;10.0+PTX"
 
 
 def switch(name: str) -> str:

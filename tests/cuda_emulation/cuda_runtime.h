@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -42,6 +43,11 @@ struct Fiber {
   bool done;
 };
 inline bool reverse = false;
+// the only one to launch on, and the number of the launch that shall fail
+inline const cudaStream_t current_stream = &blockIdx;
+inline int failing_launch = -1;
+inline int launches = 0;
+inline cudaError_t last_error = cudaSuccess;
 inline std::vector<Fiber> fibers;
 inline Fiber* running;
 inline ucontext_t scheduler;
@@ -95,16 +101,18 @@ inline int atomicAdd(int* address, int value) {
   return *address - value;
 }
 
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return std::exchange(emulation::last_error, cudaSuccess); }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   const dim3 grid = config->gridDim, block = config->blockDim;
   const unsigned threads = block.x * block.y * block.z;
-  if (grid.x == 0 || grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535 || threads == 0 ||
-      threads > 1024 || config->dynamicSmemBytes > 48 * 1024) {
-    return cudaErrorInvalidConfiguration;
+  const bool fails = emulation::launches++ == emulation::failing_launch;
+  if (fails || config->stream != emulation::current_stream || grid.x == 0 || grid.x > 2147483647u ||
+      grid.y > 65535 || grid.z > 65535 || threads == 0 || threads > 1024 ||
+      config->dynamicSmemBytes > 48 * 1024) {
+    return emulation::last_error = cudaErrorInvalidConfiguration;
   }
   gridDim = grid;
   blockDim = block;

@@ -2,7 +2,8 @@
 //   forward|reverse 32|64 B D H W separate_touching WIDTH
 //   forward|reverse 32|64 B D H W weight_map none|balanced|given W_BACKGROUND W_CELLS
 //       W0 SIGMA SPACING_D SPACING_H SPACING_W DISTANCES
-// or prints where pixel I lies on an axis:
+// With FAILING_LAUNCH=n the n-th launch fails; the exit code is CUDA's error.
+// Or prints where pixel I lies on an axis:
 //   position I STRIDE SIZE
 #include <cstring>
 #include <string>
@@ -36,7 +37,8 @@ int run(const Shape& shape, char** arguments) {
   if (operation == "separate_touching") {
     std::vector<Id> workspace = fresh<Id>(shape.pixels()), carved = workspace;
     const cudaError_t error = fastunet::cuda::separate_touching(
-        labels.data(), shape, std::atoll(arguments[1]), workspace.data(), carved.data(), nullptr);
+        labels.data(), shape, std::atoll(arguments[1]), workspace.data(), carved.data(),
+        emulation::current_stream);
     write(carved);
     return error;
   }
@@ -57,7 +59,7 @@ int run(const Shape& shape, char** arguments) {
   std::vector<float> d1 = fresh<float>(distances ? shape.pixels() : 0), d2 = d1;
   const cudaError_t error =
       fastunet::cuda::weight_map(labels.data(), shape, options, workspace.data(), weights.data(),
-                                 d1.data(), d2.data(), nullptr);
+                                 d1.data(), d2.data(), emulation::current_stream);
   write(weights);
   write(d1);
   write(d2);
@@ -77,6 +79,11 @@ int main(int count, char** arguments) {
   emulation::reverse = std::string(arguments[1]) == "reverse";
   const Shape shape{std::atoll(arguments[3]), std::atoi(arguments[4]), std::atoi(arguments[5]),
                     std::atoi(arguments[6])};
+  if (const char* number = std::getenv("FAILING_LAUNCH")) {
+    emulation::failing_launch = std::atoi(number);
+  }
   const bool wide = std::string(arguments[2]) == "64";
-  return wide ? run<int64_t>(shape, arguments + 7) : run<int32_t>(shape, arguments + 7);
+  const int error = wide ? run<int64_t>(shape, arguments + 7) : run<int32_t>(shape, arguments + 7);
+  // who asks next must not find an error that was reported
+  return cudaGetLastError() == cudaSuccess ? error : 3;
 }

@@ -1,5 +1,6 @@
 """The GPU's kernels without a GPU: compiled by g++ and run on the host (tests/cuda_emulation)."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ["csrc/cuda/weight_map.cu", "csrc/cuda/separate_touching.cu"]
 EMULATION = ROOT / "tests" / "cuda_emulation"
 MAP, SEPARATE = torch.ops.fastunet.weight_map, torch.ops.fastunet.separate_touching
+
+INVALID_CONFIGURATION = 9
 
 pytestmark = [
     pytest.mark.skipif(bool(EXTENSION_MISSING), reason=EXTENSION_MISSING or "never"),
@@ -57,13 +60,20 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return build
 
 
-def run(program: Path, order: str, labels: Array, case: Case) -> bytes:
+@pytest.fixture(scope="module")
+def program(build: Callable[..., Path]) -> Path:
+    return build("emulated")
+
+
+def command_of(program: Path, order: str, labels: Array, case: Case) -> list[str]:
     operator, arguments, _ = case
-    bits = 8 * labels.itemsize
-    command = [program, order, bits, *labels.shape, operator, *arguments]
-    done = subprocess.run(
-        [str(part) for part in command], input=labels.tobytes(), capture_output=True, check=False
-    )
+    parts = (program, order, 8 * labels.itemsize, *labels.shape, operator, *arguments)
+    return [str(part) for part in parts]
+
+
+def run(program: Path, order: str, labels: Array, case: Case) -> bytes:
+    command = command_of(program, order, labels, case)
+    done = subprocess.run(command, input=labels.tobytes(), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout
 
@@ -134,8 +144,7 @@ def check(program: Path, shapes: Sequence[Shape], cases: Sequence[Case] = CASES)
                 assert run(program, order, labels, case) == wanted, (shape, order, case[:2])
 
 
-def test_same_bits_as_the_cpu(build: Callable[..., Path]) -> None:
-    program = build("emulated")
+def test_same_bits_as_the_cpu(program: Path) -> None:
     check(program, SHAPES)
     for i in (0, 29, 2**32 - 1, 2**32, 2**40 + 12345):
         for stride, size in ((1, 7), (3, 2**24), (2**33, 5)):
@@ -157,6 +166,25 @@ def test_check_can_fail(build: Callable[..., Path]) -> None:
     labels = labels_of((2, 1, 33, 40), 1)
     for order in ("forward", "reverse"):
         assert run(program, order, labels, CASES[0]) != expected(labels, CASES[0])
+
+
+def test_every_launch_is_checked(program: Path) -> None:
+    """Its error is returned, and nobody else finds it."""
+    for shape, case, launches in (
+        ((1, 1, 5, 6), CASES[0], 3),
+        ((1, 4, 5, 6), CASES[0], 4),
+        ((1, 4, 5, 6), separate_case(1), 3),
+    ):
+        labels = labels_of(shape, 0)
+        for failing in range(launches + 1):
+            done = subprocess.run(
+                command_of(program, "forward", labels, case),
+                input=labels.tobytes(),
+                env={**os.environ, "FAILING_LAUNCH": str(failing)},
+                capture_output=True,
+                check=False,
+            )
+            assert done.returncode == (INVALID_CONFIGURATION if failing < launches else 0)
 
 
 def test_offsets_are_64_bit() -> None:
