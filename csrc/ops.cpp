@@ -75,15 +75,16 @@ std::tuple<Tensor, Tensor, Tensor> weight_map_cpu(const Tensor& any_labels,
   const Border border = make_border(w0, sigma);
 
   // [length, height, width]: lines are scanned along the first axis, which in images is the rows
-  const bool volumes = labels.size(1) > 1;
-  const int64_t length = labels.size(volumes ? 1 : 2);
-  const int64_t height = volumes ? labels.size(2) : 1;
-  const int64_t width = labels.size(3);
+  const Grid grid = grid_of(labels, spacing_d, spacing_h, spacing_w);
+  const bool volumes = grid.depth > 1;
+  const int64_t length = volumes ? grid.depth : grid.height;
+  const int64_t height = volumes ? grid.height : 1;
+  const int64_t width = grid.width;
   const int64_t plane = height * width;
   const int64_t pixels = length * plane;
-  const float along = static_cast<float>(volumes ? spacing_d : spacing_h);
-  const cpu::Window down = cpu::make_window(height, spacing_h, reach, false);
-  const cpu::Window across = cpu::make_window(width, spacing_w, reach, true);
+  const float along = static_cast<float>(volumes ? grid.spacing_d : grid.spacing_h);
+  const cpu::Window down = cpu::make_window(height, grid.spacing_h, reach, false);
+  const cpu::Window across = cpu::make_window(width, grid.spacing_w, reach, true);
   const int64_t groups = cpu::column_groups(width);
 
   const Tensor nearest_ids = new_empty(labels, {pixels});

@@ -25,6 +25,24 @@ inline void check_labels(const Tensor& labels, const char* op) {
   }
 }
 
+// The axes of labels that are in space, and their spacing.
+struct Grid {
+  int64_t depth;
+  int64_t height;
+  int64_t width;
+  double spacing_d;
+  double spacing_h;
+  double spacing_w;
+};
+
+// A single row is taken for a single column: lines are scanned along columns, and a scan, unlike a
+// search, takes no longer where distances are great.
+inline Grid grid_of(const Tensor& labels, double spacing_d, double spacing_h, double spacing_w) {
+  const int64_t depth = labels.size(1), height = labels.size(2), width = labels.size(3);
+  if (depth == 1 && height == 1) return {1, width, 1, spacing_d, spacing_w, spacing_h};
+  return {depth, height, width, spacing_d, spacing_h, spacing_w};
+}
+
 inline void check_class_weight(const Tensor& given) {
   STD_TORCH_CHECK(given.scalar_type() == ScalarType::Float && given.numel() == 2,
                   "weight_map: class_weight must be [2] float32");

@@ -32,15 +32,15 @@ void check_launches(cudaError_t error, const char* op) {
 }
 
 // axes are at most kLongestAxis long
-cuda::Shape shape_of(const Tensor& labels) {
-  return {labels.size(0), static_cast<int>(labels.size(1)), static_cast<int>(labels.size(2)),
-          static_cast<int>(labels.size(3))};
+cuda::Shape shape_of(int64_t batch, const Grid& grid) {
+  return {batch, static_cast<int>(grid.depth), static_cast<int>(grid.height),
+          static_cast<int>(grid.width)};
 }
 
 template <typename Id>
-void map_weights(const Tensor& labels, const cuda::WeightMapOptions& options, const Tensor& weights,
-                 const Tensor& d1, const Tensor& d2) {
-  const cuda::Shape shape = shape_of(labels);
+void map_weights(const Tensor& labels, const cuda::Shape& shape,
+                 const cuda::WeightMapOptions& options, const Tensor& weights, const Tensor& d1,
+                 const Tensor& d2) {
   const Tensor workspace =
       new_empty(labels, {cuda::weight_map_workspace_bytes<Id>(shape)}, ScalarType::Byte);
   const cudaError_t error =
@@ -75,21 +75,25 @@ std::tuple<Tensor, Tensor, Tensor> weight_map_cuda(const Tensor& any_labels,
   if (labels.numel() == 0) return {weights, d1, d2};
 
   const float* of_class = class_weight.has_value() ? given.const_data_ptr<float>() : nullptr;
-  const cuda::WeightMapOptions options{of_class,  balanced,  w0,        sigma,
-                                       spacing_d, spacing_h, spacing_w, distances};
+  const Grid grid = grid_of(labels, spacing_d, spacing_h, spacing_w);
+  const cuda::Shape shape = shape_of(labels.size(0), grid);
+  const cuda::WeightMapOptions options{
+      of_class, balanced, w0, sigma, grid.spacing_d, grid.spacing_h, grid.spacing_w, distances};
   if (labels.scalar_type() == ScalarType::Int) {
-    map_weights<int32_t>(labels, options, weights, d1, d2);
+    map_weights<int32_t>(labels, shape, options, weights, d1, d2);
   } else {
-    map_weights<int64_t>(labels, options, weights, d1, d2);
+    map_weights<int64_t>(labels, shape, options, weights, d1, d2);
   }
   return {weights, d1, d2};
 }
 
 template <typename Id>
 void separate(const Tensor& labels, int64_t width, const Tensor& carved) {
+  // windows are as wide along either axis, whatever the spacing
+  const cuda::Shape shape = shape_of(labels.size(0), grid_of(labels, 1.0, 1.0, 1.0));
   const Tensor workspace = new_empty(labels, labels.sizes());
   const cudaError_t error = cuda::separate_touching(
-      labels.const_data_ptr<Id>(), shape_of(labels), width, workspace.mutable_data_ptr<Id>(),
+      labels.const_data_ptr<Id>(), shape, width, workspace.mutable_data_ptr<Id>(),
       carved.mutable_data_ptr<Id>(), current_stream(labels));
   check_launches(error, "separate_touching");
 }

@@ -101,10 +101,10 @@ def test_longest_lines() -> None:
     labels[0, 0], labels[0, -1] = 1, 2
     position = torch.arange(size, dtype=torch.float32)
     for turned in (labels, labels.T):
-        assert torch.equal(weight_map(turned, class_weight=None), torch.ones(turned.shape))
-    _, d1, d2 = weight_map(labels.T, return_distances=True)
-    assert torch.equal(d1.flatten(), torch.minimum(position, position.flip(0)))
-    assert torch.equal(d2.flatten(), torch.maximum(position, position.flip(0)))
+        weights, d1, d2 = weight_map(turned, class_weight=None, return_distances=True)
+        assert torch.equal(weights, torch.ones(turned.shape))
+        assert torch.equal(d1.flatten(), torch.minimum(position, position.flip(0)))
+        assert torch.equal(d2.flatten(), torch.maximum(position, position.flip(0)))
 
 
 def test_shared_memory_is_not_written() -> None:
