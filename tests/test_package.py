@@ -1,6 +1,7 @@
 """``import fastunet`` is light, and the public names are there and documented."""
 
 import inspect
+import os
 import subprocess
 import sys
 
@@ -48,3 +49,19 @@ def test_public_names_have_docstrings() -> None:
             assert "Returns:" in (value.__doc__ or ""), name
             assert "Raises:" in (value.__doc__ or ""), name
     assert not hasattr(fastunet, "no_such_name")
+
+
+def test_console_script_sets_how_threads_wait_before_torch_reads_it() -> None:
+    script = """
+import os, sys
+import fastunet_command
+assert "torch" not in sys.modules
+sys.argv = ["fastunet", "doctor", "--json"]
+try:
+    fastunet_command.main()
+except SystemExit as ended:
+    assert not ended.code
+assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=environment)

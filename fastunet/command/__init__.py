@@ -1,0 +1,14 @@
+"""The ``fastunet`` console script, installed as ``fastunet_command``: outside the package, since
+importing anything of ``fastunet`` imports torch, which reads how its threads shall wait.
+"""
+
+import os
+
+
+def main() -> None:
+    """Run the command line with threads that sleep, not spin, while they wait for each other."""
+    # on a machine that does anything else, spinning threads take the core that work needs
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from fastunet.cli import main as run
+
+    run()
