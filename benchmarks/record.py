@@ -110,9 +110,9 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """The row as text under ``COLUMNS``; only for one that was timed."""
-        speed = f"{self.speedup:.2f}x"
+        speed = f"{digits(self.speedup)}x"
         if self.contender != self.baseline:
-            speed += f" ({self.speedup_low:.2f} to {self.speedup_high:.2f})"
+            speed += f" ({digits(self.speedup_low)} to {digits(self.speedup_high)})"
         return (
             f"{self.case}, {self.dtype}",
             self.contender,
@@ -126,7 +126,7 @@ class Row:
 
     def _rate(self) -> str:
         if self.bound == "bytes":
-            return f"{digits(self.gb_s)} GB/s"
+            return byte_rate(self.gb_s or 0.0)
         return flop_rate(self.tflop_s or 0.0)
 
 
@@ -244,6 +244,11 @@ def digits(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}" if value >= 1e-3 else f"{value:.6f}"
+
+
+def byte_rate(gb_s: float) -> str:
+    """A rate in the unit that suits it."""
+    return f"{digits(gb_s)} GB/s" if gb_s >= 1 else f"{digits(gb_s * 1e3)} MB/s"
 
 
 def flop_rate(tflop_s: float) -> str:

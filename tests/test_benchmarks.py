@@ -193,7 +193,7 @@ def test_missing_rival_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> No
     case, *_ = bench_weight_map.cases(Setting(CPU, (torch.float32,), size=32, quick=True))
     rows = run.time_case(case, run.choose("cpu", quick=True), record.environment(CPU))
     assert record.notes(rows) == [
-        "weight_map: edt, two smallest kept skipped: edt is not installed (1 x 20 cells, 32x32)"
+        "weight_map: edt, two smallest skipped: edt is not installed (1 x 20 cells, 32x32)"
     ]
 
 
