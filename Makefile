@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastunet demo
@@ -20,6 +20,11 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest --benchmark
+
+# for a machine with a GPU, a CUDA toolkit and no network: the torch that is there, no .venv
+gpu-check:
+	FASTUNET_BUILD_CUDA=1 $(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest
 
 # torch comes first and from the constraints: the extension is built against it, without isolation
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
