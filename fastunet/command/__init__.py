@@ -6,9 +6,10 @@ import os
 
 
 def main() -> None:
-    """Run the command line with threads that sleep, not spin, while they wait for each other."""
+    """Run the command line with threads that soon sleep while they wait for each other."""
     # on a machine that does anything else, spinning threads take the core that work needs
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from fastunet.cli import main as run
 
     run()
