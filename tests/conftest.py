@@ -1,10 +1,16 @@
 """Seeds, no TF32, and deterministic mode, which fills fresh memory with NaN."""
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+# without a GPU, kernels run in Triton's interpreter; it is read when Triton is first imported
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -33,6 +39,14 @@ def _reproducible() -> Iterator[None]:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device that this machine has."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def kernel_device() -> torch.device:
+    """Where Triton's kernels run: the GPU, or the CPU in Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """The ``fastunet`` namespace of ``torch.library``, opened once."""
 
+import importlib.util
 from collections.abc import Callable
+from importlib import import_module
 from typing import TypeGuard
 
 import torch
@@ -57,3 +59,17 @@ def register_autocast(name: str, policy: CastPolicy) -> None:
                 return operator(*args)
 
         LIBRARY.impl(name, cast, key)
+
+
+def register_triton(name: str, module: str) -> None:
+    """Let GPUs run operator ``name`` by ``<name>_triton`` of ``module``, where Triton is installed.
+
+    The module is imported by the first call: it imports Triton, which takes longer than all else.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+
+    def launch(*args: object) -> object:
+        return getattr(import_module(module), f"{name}_triton")(*args)
+
+    LIBRARY.impl(name, launch, "CUDA")
