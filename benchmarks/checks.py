@@ -11,6 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .cases import OURS, Call, Case, Contender
 
+# who computes, by the module that it is called from
+PYTHON_BACKENDS = {"triton_kernels": "triton", "onednn": "onednn"}
+
 
 class RefusedError(Exception):
     """A contender may not be timed; the message says why."""
@@ -23,8 +26,8 @@ class Trial:
     Args:
         contender: which.
         call: one run of it.
-        backend: who computes; for fastunet "reference", "cpp", "triton" or "cuda", by operator
-            where they differ.
+        backend: who computes; for fastunet "reference", "cpp", "onednn", "triton" or "cuda", by
+            operator where they differ.
         errors: largest absolute error of each result.
     """
 
@@ -90,7 +93,7 @@ class Judge:
 def watch(call: Call) -> tuple[tuple[Tensor, ...], dict[str, str]]:
     """Run ``call`` once and see who computed each of fastunet's operators in it.
 
-    Returns: its outputs, and "reference", "cpp", "triton" or "cuda" by operator.
+    Returns: its outputs, and "reference", "cpp", "onednn", "triton" or "cuda" by operator.
     Raises: RefusedError if a kernel is registered for an operator and its reference ran.
     """
     watcher = _Watcher()
@@ -122,10 +125,9 @@ class _Watcher(TorchDispatchMode):
             nonlocal ran
             if event == "call" and frame.f_code.co_name == f"{name}_reference":
                 ran = "reference"
-            elif event == "call" and frame.f_globals.get("__name__", "").endswith(
-                ".triton_kernels"
-            ):
-                ran = "triton"
+            elif event == "call":
+                module = frame.f_globals.get("__name__", "").rpartition(".")[2]
+                ran = PYTHON_BACKENDS.get(module, ran)
 
         before = sys.getprofile()
         sys.setprofile(note)

@@ -17,8 +17,8 @@ OPERATORS = (
     "weight_map",
     "separate_touching",
 )
-# what a kernel that is not Python's is written in
-DEVICES = {"cpu": "cpp", "cuda": "cuda"}
+# who serves if it is not Python code, and if it is
+DEVICES = {"cpu": ("cpp", "onednn"), "cuda": ("cuda", "triton")}
 
 # glibc's mallopt: names of parameters, and the size from which memory is mapped apart
 _M_TRIM_THRESHOLD = -1
@@ -32,7 +32,7 @@ class Row:
 
     operator: str
     device: str
-    backend: str  # "reference", "cpp", "triton" or "cuda"
+    backend: str  # "reference", "cpp", "onednn", "triton" or "cuda"
     why: str
 
 
@@ -75,7 +75,8 @@ def _row(operator: str, device: str) -> Row:
     kernel = re.search(rf"^{key}: registered at (.+?):\d+", registered, re.MULTILINE)
     if kernel is None:
         return Row(operator, device, "reference", _why_reference(device))
-    return Row(operator, device, "triton" if kernel[1].endswith(".py") else DEVICES[device], "")
+    native, python = DEVICES[device]
+    return Row(operator, device, python if kernel[1].endswith(".py") else native, "")
 
 
 def _why_reference(device: str) -> str:

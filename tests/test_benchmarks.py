@@ -122,8 +122,11 @@ def test_watch_names_who_served(probe: torch.library.Library) -> None:
 
 def test_watch_sees_backward() -> None:
     inputs = {"x": torch.randn(1, 2, 8, 8), "weight": torch.randn(3, 2, 3, 3)}
-    served = watch(bind(ops.conv_relu, inputs, ("x", "weight")))[1]
-    assert set(served) == {"conv_relu", "conv_relu_bwd"}
+    served = watch(bind(ops.conv_relu, inputs, ("x", "weight"), "channels_last"))[1]
+    assert {name: served[name] for name in ("conv_relu", "conv_relu_bwd")} == {
+        "conv_relu": "onednn",
+        "conv_relu_bwd": "onednn",
+    }
 
 
 def test_silent_fallback_is_refused(probe: torch.library.Library) -> None:

@@ -14,7 +14,14 @@ from .._check import (
     describe,
 )
 from .._library import LIBRARY, lower_precision, register_autocast
-from .reference import conv_relu_bwd_reference, conv_relu_pool_reference, conv_relu_reference
+from .onednn import conv_relu_bwd_onednn, conv_relu_onednn, conv_relu_pool_onednn
+from .reference import (
+    conv_relu_bwd_reference,
+    conv_relu_pool_reference,
+    conv_relu_reference,
+    relu_pool_bwd_reference,
+    relu_pool_reference,
+)
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, int padding, Tensor? skip"
 
@@ -24,13 +31,23 @@ LIBRARY.define(
     "conv_relu_bwd(Tensor grad_y, Tensor? grad_pooled, Tensor y, Tensor x, Tensor weight, "
     "Tensor? skip, int padding, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+LIBRARY.define("relu_pool_(Tensor(a!) y, bool pool) -> Tensor")
+LIBRARY.define("relu_pool_bwd(Tensor grad_y, Tensor? grad_pooled, Tensor y) -> Tensor")
 for _name, _reference in (
     ("conv_relu", conv_relu_reference),
     ("conv_relu_pool", conv_relu_pool_reference),
     ("conv_relu_bwd", conv_relu_bwd_reference),
+    ("relu_pool_", relu_pool_reference),
+    ("relu_pool_bwd", relu_pool_bwd_reference),
 ):
     LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastunet::{_name}", _reference, lib=LIBRARY)
+for _name, _kernel in (
+    ("conv_relu", conv_relu_onednn),
+    ("conv_relu_pool", conv_relu_pool_onednn),
+    ("conv_relu_bwd", conv_relu_bwd_onednn),
+):
+    LIBRARY.impl(_name, _kernel, "CPU")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:

@@ -20,9 +20,14 @@ from ..crop_concat.reference import crop_concat_reference, uncrop
 def conv_relu_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None
 ) -> Tensor:
-    """The convolution, bias and ReLU; [B, C_out, H', W'] with H' = H - 2 + 2 padding."""
+    """The convolution, bias and ReLU; [B, C_out, H', W'] with H' = H - 2 + 2 padding.
+
+    In channels_last if x or weight are, as conv2d has it, and where x has one channel, which could
+    be either: a grey image leads the whole network onto the fast path.
+    """
     source = x if skip is None else crop_concat_reference(skip, x)
-    return F.conv2d(source, weight, bias, padding=padding).relu_()
+    y = F.conv2d(source, weight, bias, padding=padding).relu_()
+    return y.contiguous(memory_format=torch.channels_last) if source.shape[1] == 1 else y
 
 
 def conv_relu_pool_reference(
@@ -45,42 +50,69 @@ def conv_relu_bwd_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and skip; one that is not ``needed`` comes back empty."""
     if grad_pooled is not None:
-        _, indices = torch.ops.aten.max_pool2d_with_indices(y, [2, 2])
-        grad_y = grad_y + torch.ops.aten.max_pool2d_with_indices_backward(
-            grad_pooled, y, [2, 2], [2, 2], [0, 0], [1, 1], False, indices
-        )
+        grad_y = grad_y + _unpool(grad_pooled, y)
     masked = torch.ops.aten.threshold_backward(grad_y, y, 0)
     need_x, need_weight, need_bias, need_skip = needed
     source = x if skip is None else crop_concat_reference(skip, x)
-    grad_source, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        masked,
-        source,
-        weight,
-        [weight.shape[0]],
-        [1, 1],
-        [padding, padding],
-        [1, 1],
-        False,
-        [0, 0],
-        1,
-        [need_x or need_skip, need_weight, need_bias],
+    grad_source, grad_weight, grad_bias = convolution_gradients(
+        masked, source, weight, padding, [need_x or need_skip, need_weight, need_bias]
+    )
+    grad_x = grad_skip = x.new_empty(0)
+    c = 0 if skip is None else skip.shape[1]
+    if need_x:
+        grad_x = laid_out_like(grad_source[:, c:], x)
+    if need_skip and skip is not None:
+        grad_skip = uncrop(grad_source[:, :c], skip)
+    if need_weight:
+        grad_weight = laid_out_like(grad_weight, weight)
+    return grad_x, grad_weight, grad_bias, grad_skip
+
+
+def relu_pool_reference(y: Tensor, pool: bool) -> Tensor:
+    """Clamp ``y`` at zero in place; its max-pooled copy, or nothing.
+
+    Args:
+        y: [B, H, W, C], pixel by pixel.
+        pool: whether to pool.
+    Returns: [B, H // 2, W // 2, C] with ``pool``, otherwise an empty tensor.
+    """
+    y.relu_()
+    if not pool:
+        return y.new_empty(0)
+    return F.max_pool2d(y.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+
+
+def relu_pool_bwd_reference(grad_y: Tensor, grad_pooled: Tensor | None, y: Tensor) -> Tensor:
+    """The gradient before the ReLU; all arguments pixel by pixel, as in ``relu_pool_reference``."""
+    if grad_pooled is not None:
+        unpooled = _unpool(grad_pooled.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2))
+        grad_y = grad_y + unpooled.permute(0, 2, 3, 1)
+    return torch.ops.aten.threshold_backward(grad_y.contiguous(), y, 0)
+
+
+def convolution_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, padding: int, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias from that of the convolution; empty where not needed."""
+    grads = torch.ops.aten.convolution_backward(
+        grad, x, weight, [grad.shape[1]], [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, needed
     )
     empty = x.new_empty(0)
-    grad_x = grad_skip = empty
-    if skip is None:
-        grad_x = grad_source if need_x else empty
-    elif need_x or need_skip:
-        c = skip.shape[1]
-        grad_x = grad_source[:, c:].contiguous(memory_format=_format_of(grad_source))
-        grad_skip = uncrop(grad_source[:, :c], skip)
-    return (
-        grad_x,
-        grad_weight if need_weight else empty,
-        grad_bias if need_bias else empty,
-        grad_skip,
+    grad_x, grad_weight, grad_bias = (
+        got if need else empty for got, need in zip(grads, needed, strict=True)
     )
+    return grad_x, grad_weight, grad_bias
 
 
-def _format_of(tensor: Tensor) -> torch.memory_format:
-    channels_last = tensor.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
+def laid_out_like(grad: Tensor, like: Tensor) -> Tensor:
+    """``grad`` with the memory layout of ``like``, copied only if it has another."""
+    target = torch.empty_like(like)
+    return grad if grad.stride() == target.stride() else target.copy_(grad)
+
+
+def _unpool(grad_pooled: Tensor, y: Tensor) -> Tensor:
+    """``grad_pooled`` at the first maximum of each 2x2 block of ``y``, zeros elsewhere."""
+    _, indices = torch.ops.aten.max_pool2d_with_indices(y, [2, 2])
+    return torch.ops.aten.max_pool2d_with_indices_backward(
+        grad_pooled, y, [2, 2], [2, 2], [0, 0], [1, 1], False, indices
+    )

@@ -1,0 +1,163 @@
+"""``conv_relu`` on the CPU: PyTorch's oneDNN convolutions between native passes.
+
+oneDNN could clamp in the convolution itself, but then turns NaN into 0; ``relu_pool_`` keeps it and
+takes no longer than a max-pooling alone. It could also add the convolution of ``x`` to that of the
+skip, but in bfloat16 the sum between is rounded, and signs near zero flip: forward concatenates.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..crop_concat.reference import centre_crop, crop_concat_reference, uncrop
+from .reference import (
+    conv_relu_bwd_reference,
+    conv_relu_pool_reference,
+    conv_relu_reference,
+    convolution_gradients,
+    laid_out_like,
+)
+
+# for fewer channels oneDNN chooses slow kernels, unless weights are in its own order
+FEW_CHANNELS = 8
+
+
+def unsupported(x: Tensor, weight: Tensor, skip: Tensor | None) -> str | None:
+    """Why oneDNN's own operators cannot take a call, or None."""
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return "this PyTorch has no oneDNN"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"{x.dtype} is not float32 or bfloat16"
+    if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this processor has no fast bfloat16"
+    if min(x.numel(), weight.numel()) == 0 or (skip is not None and skip.numel() == 0):
+        return "there are no pixels or channels"
+    channels_last = [_is_channels_last(t) for t in (x, weight, skip) if t is not None]
+    if weight.shape[1] > 1 and not any(channels_last):
+        return "the images are not in channels_last"
+    return None
+
+
+def conv_relu_onednn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None
+) -> Tensor:
+    """As ``conv_relu_reference``."""
+    if unsupported(x, weight, skip):
+        return conv_relu_reference(x, weight, bias, padding, skip)
+    y = _convolve(x, weight, bias, padding, skip)
+    _relu_pool(y, pool=False)
+    return y
+
+
+def conv_relu_pool_onednn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As ``conv_relu_pool_reference``."""
+    if unsupported(x, weight, skip):
+        return conv_relu_pool_reference(x, weight, bias, padding, skip)
+    y = _convolve(x, weight, bias, padding, skip)
+    return y, _relu_pool(y, pool=True)
+
+
+def conv_relu_bwd_onednn(
+    grad_y: Tensor,
+    grad_pooled: Tensor | None,
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    skip: Tensor | None,
+    padding: int,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``conv_relu_bwd_reference``."""
+    if unsupported(x, weight, skip):
+        return conv_relu_bwd_reference(grad_y, grad_pooled, y, x, weight, skip, padding, needed)
+    masked = _relu_pool_bwd(grad_y, grad_pooled, y)
+    need_x, need_weight, need_bias, need_skip = needed
+    if skip is None:
+        needed = [need_x, need_weight, need_bias]
+        return (*_gradients(masked, x, weight, padding, needed), x.new_empty(0))
+    c = skip.shape[1]
+    crop = centre_crop(skip, x.shape[2], x.shape[3])
+    needed = [need_skip, need_weight, False]
+    grad_skip, of_skip, _ = _gradients(masked, crop, weight[:, :c], padding, needed)
+    needed = [need_x, need_weight, need_bias]
+    grad_x, of_x, grad_bias = _gradients(masked, x, weight[:, c:], padding, needed)
+    grad_weight = laid_out_like(torch.cat([of_skip, of_x], 1), weight) if need_weight else of_x
+    return grad_x, grad_weight, grad_bias, uncrop(grad_skip, skip) if need_skip else grad_skip
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    # one channel or one pixel is in every order
+    return (
+        tensor.is_contiguous(memory_format=torch.channels_last)
+        and tensor.stride(1) == 1
+        and not tensor.is_contiguous()
+    )
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None
+) -> Tensor:
+    x = x if skip is None else crop_concat_reference(skip, x)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if weight.shape[1] >= FEW_CHANNELS:
+        return F.conv2d(x, weight, bias, padding=padding)
+    options: list[Any] = [[padding, padding], [1, 1], [1, 1], 1]
+    reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+    packed = reorder(weight.to_mkldnn(), *options, list(x.shape))
+    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *options, "none", [], "")
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, padding: int, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias from that of the convolution; empty where not needed."""
+    if x.shape[1] < FEW_CHANNELS and needed == [False, True, True]:
+        # the image itself needs no gradient
+        grad_x, grad_bias = x.new_empty(0), grad.sum((0, 2, 3))
+        grad_weight = _few_channels_grad_weight(grad, x, weight, padding)
+    else:
+        grad_x, grad_weight, grad_bias = convolution_gradients(grad, x, weight, padding, needed)
+    if needed[0]:
+        grad_x = laid_out_like(grad_x, x)
+    if needed[1]:
+        grad_weight = laid_out_like(grad_weight, weight)
+    return grad_x, grad_weight, grad_bias
+
+
+def _few_channels_grad_weight(grad: Tensor, x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """The gradient of ``weight`` where oneDNN's kernel for plain tensors is slow."""
+    if x.dtype == torch.bfloat16:
+        # the kernel for more channels, which in float32 is less accurate
+        channels = [0, 0, 0, 0, 0, FEW_CHANNELS - x.shape[1]]
+        x, wide = (
+            F.pad(tensor, channels).contiguous(memory_format=torch.channels_last)
+            for tensor in (x, weight)
+        )
+        needed = [False, True, False]
+        return convolution_gradients(grad, x, wide, padding, needed)[1][:, : weight.shape[1]]
+    # a matrix product a row, [taps, W] x [W, C_out], then their sum
+    b, c_out, height, width = grad.shape
+    windows = F.pad(x, [padding] * 4).unfold(2, 3, 1).unfold(3, 3, 1)  # [B, C, H, W, 3, 3]
+    windows = windows.permute(0, 2, 1, 4, 5, 3).reshape(b * height, -1, width)
+    rows = grad.permute(0, 2, 3, 1).reshape(b * height, width, c_out)
+    return torch.bmm(windows, rows).sum(0).t().reshape(weight.shape)
+
+
+def _relu_pool(y: Tensor, pool: bool) -> Tensor:
+    """Clamp ``y`` at zero in place and return its max-pooled copy, if asked for."""
+    pooled = torch.ops.fastunet.relu_pool_(y.permute(0, 2, 3, 1), pool)
+    return pooled.permute(0, 3, 1, 2) if pool else pooled
+
+
+def _relu_pool_bwd(grad_y: Tensor, grad_pooled: Tensor | None, y: Tensor) -> Tensor:
+    """The gradient before the ReLU, in channels_last."""
+    if grad_pooled is not None:
+        grad_pooled = grad_pooled.permute(0, 2, 3, 1)
+    grad = torch.ops.fastunet.relu_pool_bwd(
+        grad_y.permute(0, 2, 3, 1), grad_pooled, y.permute(0, 2, 3, 1)
+    )
+    return grad.permute(0, 3, 1, 2)
