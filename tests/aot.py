@@ -1,7 +1,7 @@
 """Compiles what a launch would launch, for GPUs that are not there, and reads the machine code.
 
-``compiled(module, capability)`` runs ``LAUNCHES`` of a module in a process of its own (Triton
-compiles or interprets, one of them a process): functions that launch kernels on CPU tensors, which
+``compiled(module)`` runs ``LAUNCHES`` of a module in a process for each GPU (Triton compiles or
+interprets, one of them a process): functions that launch kernels on CPU tensors, which
 nobody reads. Each launch compiles its kernel, specialised as on the GPU, and launches nothing.
 """
 
@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,23 @@ class Compiled:
             yield body.rpartition("scf.for ")[2]
 
 
-def compiled(module: str, capability: int) -> list[Compiled]:
-    """What each of ``module.LAUNCHES`` compiles to for ``capability``, one of ``GPUS``."""
+@cache
+def compiled(module: str) -> dict[int, list[Compiled]]:
+    """What each of ``module.LAUNCHES`` compiles to, for each of ``GPUS``."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.aot", module, str(capability)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [Compiled(**row) for row in json.loads(done.stdout)]
+    processes = {
+        capability: subprocess.Popen(
+            [sys.executable, "-m", "tests.aot", module, str(capability)],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for capability in GPUS
+    }  # fmt: skip
+    found = {}
+    for capability, process in processes.items():
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors[-4000:]
+        found[capability] = [Compiled(**row) for row in json.loads(output)]
+    return found
 
 
 def table(kernels: list[Compiled], instructions: tuple[str, ...]) -> str:

@@ -41,22 +41,22 @@ def unsupported(x: Tensor, weight: Tensor, skip: Tensor | None) -> str | None:
 
 
 def conv_relu_onednn(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None, *flags: bool
 ) -> Tensor:
     """As ``conv_relu_reference``."""
     if unsupported(x, weight, skip):
-        return conv_relu_reference(x, weight, bias, padding, skip)
+        return conv_relu_reference(x, weight, bias, padding, skip, *flags)
     y = _convolve(x, weight, bias, padding, skip)
     _relu_pool(y, pool=False)
     return y
 
 
 def conv_relu_pool_onednn(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None, *flags: bool
 ) -> tuple[Tensor, Tensor]:
     """As ``conv_relu_pool_reference``."""
     if unsupported(x, weight, skip):
-        return conv_relu_pool_reference(x, weight, bias, padding, skip)
+        return conv_relu_pool_reference(x, weight, bias, padding, skip, *flags)
     y = _convolve(x, weight, bias, padding, skip)
     return y, _relu_pool(y, pool=True)
 
@@ -70,22 +70,28 @@ def conv_relu_bwd_onednn(
     skip: Tensor | None,
     padding: int,
     needed: list[bool],
+    relu_made_x: bool,
+    grad_is_masked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``conv_relu_bwd_reference``."""
     if unsupported(x, weight, skip):
-        return conv_relu_bwd_reference(grad_y, grad_pooled, y, x, weight, skip, padding, needed)
-    masked = _relu_pool_bwd(grad_y, grad_pooled, y)
+        return conv_relu_bwd_reference(
+            grad_y, grad_pooled, y, x, weight, skip, padding, needed, relu_made_x, grad_is_masked
+        )
+    masked = grad_y if grad_is_masked else _relu_pool_bwd(grad_y, grad_pooled, y)
     need_x, need_weight, need_bias, need_skip = needed
+    c = 0 if skip is None else skip.shape[1]
+    needed = [need_x, need_weight, need_bias]
+    grad_x, grad_weight, grad_bias = _gradients(masked, x, weight[:, c:], padding, needed)
+    if need_x and relu_made_x:
+        grad_x = _relu_pool_bwd(grad_x, None, x)
     if skip is None:
-        needed = [need_x, need_weight, need_bias]
-        return (*_gradients(masked, x, weight, padding, needed), x.new_empty(0))
-    c = skip.shape[1]
+        return grad_x, grad_weight, grad_bias, x.new_empty(0)
     crop = centre_crop(skip, x.shape[2], x.shape[3])
     needed = [need_skip, need_weight, False]
     grad_skip, of_skip, _ = _gradients(masked, crop, weight[:, :c], padding, needed)
-    needed = [need_x, need_weight, need_bias]
-    grad_x, of_x, grad_bias = _gradients(masked, x, weight[:, c:], padding, needed)
-    grad_weight = laid_out_like(torch.cat([of_skip, of_x], 1), weight) if need_weight else of_x
+    if need_weight:
+        grad_weight = laid_out_like(torch.cat([of_skip, grad_weight], 1), weight)
     return grad_x, grad_weight, grad_bias, uncrop(grad_skip, skip) if need_skip else grad_skip
 
 

@@ -13,7 +13,7 @@ from .._check import (
     check_tensor,
     describe,
 )
-from .._library import LIBRARY, lower_precision, register_autocast
+from .._library import LIBRARY, lower_precision, register_autocast, register_triton
 from .onednn import conv_relu_bwd_onednn, conv_relu_onednn, conv_relu_pool_onednn
 from .reference import (
     conv_relu_bwd_reference,
@@ -23,13 +23,15 @@ from .reference import (
     relu_pool_reference,
 )
 
-_ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, int padding, Tensor? skip"
+_FLAGS = "bool relu_made_x=False, bool grad_is_masked=False"
+_ARGUMENTS = f"Tensor x, Tensor weight, Tensor? bias, int padding, Tensor? skip, {_FLAGS}"
 
 LIBRARY.define(f"conv_relu({_ARGUMENTS}) -> Tensor")
 LIBRARY.define(f"conv_relu_pool({_ARGUMENTS}) -> (Tensor, Tensor)")
 LIBRARY.define(
     "conv_relu_bwd(Tensor grad_y, Tensor? grad_pooled, Tensor y, Tensor x, Tensor weight, "
-    "Tensor? skip, int padding, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? skip, int padding, bool[4] needed, bool relu_made_x, bool grad_is_masked) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define("relu_pool_(Tensor(a!) y, bool pool) -> Tensor")
 LIBRARY.define("relu_pool_bwd(Tensor grad_y, Tensor? grad_pooled, Tensor y) -> Tensor")
@@ -48,25 +50,26 @@ for _name, _kernel in (
     ("conv_relu_bwd", conv_relu_bwd_onednn),
 ):
     LIBRARY.impl(_name, _kernel, "CPU")
+    register_triton(_name, "fastunet.ops.conv_relu.gpu")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
-    x, weight, _, ctx.padding, skip = inputs
+    x, weight, _, ctx.padding, skip, *ctx.flags = inputs
     y = output if isinstance(output, Tensor) else output[0]
     ctx.save_for_backward(y, x, weight, skip)
 
 
 def _gradients(ctx: Any, grad_y: Tensor, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
     y, x, weight, skip = ctx.saved_tensors
-    need_x, need_weight, need_bias, _, need_skip = ctx.needs_input_grad
+    need_x, need_weight, need_bias, _, need_skip, *_ = ctx.needs_input_grad
     needed = [need_x, need_weight, need_bias, need_skip]
     grads = torch.ops.fastunet.conv_relu_bwd(
-        grad_y, grad_pooled, y, x, weight, skip, ctx.padding, needed
+        grad_y, grad_pooled, y, x, weight, skip, ctx.padding, needed, *ctx.flags
     )
     grad_x, grad_weight, grad_bias, grad_skip = (
         grad if need else None for grad, need in zip(grads, needed, strict=True)
     )
-    return grad_x, grad_weight, grad_bias, None, grad_skip
+    return grad_x, grad_weight, grad_bias, None, grad_skip, None, None
 
 
 def _conv_relu_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -109,6 +112,46 @@ def conv_relu(
     _check(x, weight, bias, padding, skip, pool)
     operator = torch.ops.fastunet.conv_relu_pool if pool else torch.ops.fastunet.conv_relu
     return operator(x, weight, bias, padding, skip)
+
+
+def conv_relu_pair(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    padding: int = 0,
+    skip: Tensor | None = None,
+    pool: bool = False,
+) -> Any:
+    """Two blue arrows of the figure, one after the other: a level of the network.
+
+        conv_relu(conv_relu(x, weight1, bias1, padding, skip), weight2, bias2, padding, pool)
+
+    with a backward that multiplies the gradient between the two by the ReLU's mask where it is
+    computed, instead of in a pass of its own.
+
+    Args:
+        x: [B, C, H, W] as of ``conv_relu``.
+        weight1: [C_mid, C_skip + C, 3, 3].
+        bias1: [C_mid] or None.
+        weight2: [C_out, C_mid, 3, 3].
+        bias2: [C_out] or None.
+        padding: of both.
+        skip: of the first.
+        pool: of the second.
+    Returns: as of the second ``conv_relu``.
+    Raises: as ``conv_relu``.
+    Source: Ronneberger et al. 2015, figure 1.
+    """
+    _check(x, weight1, bias1, padding, skip, False)
+    between = torch.ops.fastunet.conv_relu(
+        x, weight1, bias1, padding, skip, False, grad_is_masked=True
+    )
+    _check(between, weight2, bias2, padding, None, pool)
+    operator = torch.ops.fastunet.conv_relu_pool if pool else torch.ops.fastunet.conv_relu
+    return operator(between, weight2, bias2, padding, None, relu_made_x=True)
 
 
 def _check(

@@ -18,12 +18,13 @@ from ..crop_concat.reference import crop_concat_reference, uncrop
 
 
 def conv_relu_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None, *flags: bool
 ) -> Tensor:
     """The convolution, bias and ReLU; [B, C_out, H', W'] with H' = H - 2 + 2 padding.
 
     In channels_last if x or weight are, as conv2d has it, and where x has one channel, which could
-    be either: a grey image leads the whole network onto the fast path.
+    be either: a grey image leads the whole network onto the fast path. The ``flags`` are those of
+    the gradient.
     """
     source = x if skip is None else crop_concat_reference(skip, x)
     y = F.conv2d(source, weight, bias, padding=padding).relu_()
@@ -31,7 +32,7 @@ def conv_relu_reference(
 
 
 def conv_relu_pool_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None, *flags: bool
 ) -> tuple[Tensor, Tensor]:
     """The same and its 2x2 max-pooled copy."""
     y = conv_relu_reference(x, weight, bias, padding, skip)
@@ -47,11 +48,17 @@ def conv_relu_bwd_reference(
     skip: Tensor | None,
     padding: int,
     needed: list[bool],
+    relu_made_x: bool,
+    grad_is_masked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and skip; one that is not ``needed`` comes back empty."""
+    """Gradients of x, weight, bias and skip; one that is not ``needed`` comes back empty.
+
+    Where one ``conv_relu`` feeds another and nothing else, the second multiplies the gradient of
+    its x by [x > 0] (``relu_made_x``), and the first need not (``grad_is_masked``).
+    """
     if grad_pooled is not None:
         grad_y = grad_y + _unpool(grad_pooled, y)
-    masked = torch.ops.aten.threshold_backward(grad_y, y, 0)
+    masked = grad_y if grad_is_masked else torch.ops.aten.threshold_backward(grad_y, y, 0)
     need_x, need_weight, need_bias, need_skip = needed
     source = x if skip is None else crop_concat_reference(skip, x)
     grad_source, grad_weight, grad_bias = convolution_gradients(
@@ -61,6 +68,8 @@ def conv_relu_bwd_reference(
     c = 0 if skip is None else skip.shape[1]
     if need_x:
         grad_x = laid_out_like(grad_source[:, c:], x)
+        if relu_made_x:
+            grad_x = torch.ops.aten.threshold_backward(grad_x, x, 0)
     if need_skip and skip is not None:
         grad_skip = uncrop(grad_source[:, :c], skip)
     if need_weight:

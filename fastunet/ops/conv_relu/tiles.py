@@ -1,0 +1,203 @@
+"""Which kernel computes a convolution on a GPU: from a cache of measurements, or by a rule.
+
+The rule is what the counted bytes and operations of docs/maths/conv_relu.md lead to expect; nothing
+is measured or searched when a model runs. ``fastunet tune`` measures, and writes the cache.
+"""
+
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Kind = Literal["forward", "data gradient", "weight gradient"]
+
+# wgmma and tcgen05, fed from shared memory by tensor descriptors; others have less of it
+DESCRIPTOR_MAJORS = (9, 10)
+# up to here the layer's own traffic weighs more than the library's better arithmetic
+WIDEST = 128
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A kernel and the block that one of its programs computes.
+
+    Args:
+        kernel: "tma" reads through tensor descriptors, "pointer" through pointers.
+        block_n: output channels; of a weight gradient, rows of it.
+        block_h, block_w: pixels; "pointer" takes their product.
+        block_k: input channels a step; of a weight gradient, columns of it.
+        warps, stages: of Triton, the second how many steps are loaded ahead.
+    """
+
+    kernel: Literal["tma", "pointer"]
+    block_n: int
+    block_h: int
+    block_w: int
+    block_k: int
+    warps: int
+    stages: int
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a block."""
+        return self.block_h * self.block_w
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A convolution as the choice of its kernel sees it.
+
+    Args:
+        kind: of the three convolutions of a layer.
+        dtype: of images and weights.
+        b, c_skip, c, c_out: batch and channels of skip, x and y; of a data gradient, of its own
+            input and output.
+        height, width: of what it writes; of a weight gradient, those of y.
+        pool: the pooled copy is written too.
+    """
+
+    kind: Kind
+    dtype: torch.dtype
+    b: int
+    c_skip: int
+    c: int
+    c_out: int
+    height: int
+    width: int
+    pool: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name in the cache."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        pool = " pool" if self.pool else ""
+        return (
+            f"{self.kind} {dtype} {self.b}x{self.height}x{self.width} "
+            f"{self.c_skip}+{self.c}->{self.c_out}{pool}"
+        )
+
+
+def choose(
+    problem: Problem, capability: tuple[int, int], cached: dict[str, Tile | None]
+) -> Tile | None:
+    """The kernel for ``problem`` on a GPU of ``capability``; None is the library's own."""
+    if problem.key in cached:
+        return cached[problem.key]
+    return expected(problem, capability)
+
+
+def expected(problem: Problem, capability: tuple[int, int]) -> Tile | None:
+    """The kernel that should be fastest by count, where nothing was measured."""
+    if problem.c_skip == 0 and problem.c < 8 and problem.kind != "data gradient":
+        # the nine taps are one block, and the library pads channels
+        return FEW_CHANNELS[problem.kind]
+    aligned = all(
+        n * problem.dtype.itemsize % 16 == 0 for n in (problem.c_skip, problem.c, problem.c_out)
+    )
+    if capability[0] not in DESCRIPTOR_MAJORS or not aligned or problem.kind == "weight gradient":
+        return None
+    if problem.c_out > WIDEST or (problem.c > WIDEST and problem.c_skip == 0):
+        return None
+    return candidates(problem)[0]
+
+
+FEW_CHANNELS: dict[str, Tile] = {
+    "forward": Tile("pointer", 64, 1, 128, 16, 4, 2),
+    "weight gradient": Tile("pointer", 64, 1, 64, 16, 4, 3),
+}
+
+
+def candidates(problem: Problem) -> list[Tile]:
+    """What ``fastunet tune`` measures beside the library, the expected one first."""
+    few = problem.c_skip + problem.c < 8
+    if few:
+        return [FEW_CHANNELS[problem.kind]]
+    if problem.kind == "weight gradient":
+        if problem.dtype == torch.float32:
+            # both operands would have to be transposed, which only registers can
+            return []
+        return [
+            Tile("tma", 64, 1, 64, 64, 8, 3),
+            Tile("tma", 128, 1, 64, 64, 8, 3),
+            Tile("pointer", 64, 1, 64, 64, 4, 3),
+        ]
+    block_k = 128 // problem.dtype.itemsize
+    many, few_pixels = (_fit(pixels, problem) for pixels in (256, 128))
+    tiles = [
+        Tile("tma", 64, *many, block_k, 4, 3),
+        Tile("tma", 64, *few_pixels, block_k, 4, 4),
+        Tile("pointer", 64, 1, 128, 32, 8, 3),
+    ]
+    if problem.c_out <= 64:
+        return tiles
+    return [
+        Tile("tma", 128, *many, block_k, 8, 3),
+        Tile("tma", 128, *few_pixels, block_k, 4, 4),
+        Tile("pointer", 128, 1, 128, 32, 8, 3),
+        *tiles,
+    ]
+
+
+def _fit(pixels: int, problem: Problem) -> tuple[int, int]:
+    """The block of so many pixels that covers the image with the least beyond it."""
+
+    def covered(block: tuple[int, int]) -> int:
+        h, w = block
+        return -(-problem.height // h) * h * -(-problem.width // w) * w
+
+    # of those that cover alike, the one with the longest rows
+    return min(((pixels // w, w) for w in (32, 16, 8)), key=covered)
+
+
+def cache_path(device: torch.device) -> Path:
+    """Where the measurements of this GPU, torch and Triton are kept."""
+    import triton
+
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastunet")
+    name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
+    return folder / f"{name}_torch-{torch.__version__}_triton-{triton.__version__}.json"
+
+
+@cache
+def cached(device: torch.device) -> dict[str, Tile | None]:
+    """What ``fastunet tune`` found on ``device``, by ``Problem.key``; read once a process."""
+    if device.type != "cuda":
+        return {}
+    path = cache_path(device)
+    return read(path) if path.exists() else {}
+
+
+def read(path: Path) -> dict[str, Tile | None]:
+    """The choices in a cache file; none, with a warning, where it cannot be read."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["tiles"]
+        return {
+            key: None if tile is None else Tile(**_checked(tile)) for key, tile in entries.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        warnings.warn(
+            f"{path} is not a cache of `fastunet tune` and is ignored: {error!r}; run it again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return {}
+
+
+def text(choices: dict[str, Tile | None]) -> str:
+    """``choices`` as ``read`` takes them."""
+    tiles = {key: None if tile is None else asdict(tile) for key, tile in choices.items()}
+    return json.dumps({"tiles": tiles}, indent=1)
+
+
+def _checked(tile: dict[str, Any]) -> dict[str, Any]:
+    blocks = [tile[name] for name in ("block_n", "block_h", "block_w", "block_k", "warps")]
+    if tile["kernel"] not in ("tma", "pointer") or not all(
+        isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in blocks
+    ):
+        raise ValueError(f"no such tile: {tile}")
+    return tile

@@ -1,0 +1,105 @@
+"""Launches of the convolution's kernels for ``tests.aot``: every tile that can be chosen."""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+from fastunet_benchmarks.figure import Arrow, arrows
+from torch import Tensor
+
+from fastunet.ops._triton import gpu
+from fastunet.ops.conv_relu import tiles
+from fastunet.ops.conv_relu.tiles import Problem, Tile
+from fastunet.ops.conv_relu.triton_gradients import data_gradient, mask_gradient, weight_gradient
+from fastunet.ops.conv_relu.triton_kernels import convolve
+
+CPU = torch.device("cpu")
+
+
+def images(b: int, c: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(b, c, height, width, dtype=dtype, memory_format=torch.channels_last)
+
+
+def _sources(problem: Problem, padding: int) -> list[Tensor]:
+    height, width = (n + 2 - 2 * padding for n in (problem.height, problem.width))
+    channels = [c for c in (problem.c_skip, problem.c) if c]
+    return [images(problem.b, c, height, width, problem.dtype) for c in channels]
+
+
+def forward(problem: Problem, tile: Tile) -> Callable[[], Any]:
+    def launch() -> None:
+        p, dtype = problem, problem.dtype
+        weight = images(p.c_out, p.c_skip + p.c, 3, 3, dtype)
+        y = images(p.b, p.c_out, p.height, p.width, dtype)
+        pooled = images(p.b, p.c_out, p.height // 2, p.width // 2, dtype) if p.pool else None
+        bias = torch.empty(p.c_out, dtype=dtype)
+        convolve(_sources(p, 0), weight, bias, 0, y, tile, relu=True, pooled=pooled)
+
+    return launch
+
+
+def data(problem: Problem, tile: Tile) -> Callable[[], Any]:
+    def launch() -> None:
+        p, dtype = problem, problem.dtype
+        masked, grad = _sources(p, 2)[0], images(p.b, p.c_out, p.height, p.width, dtype)
+        data_gradient(masked, images(p.c, p.c_out, 3, 3, dtype), 0, grad, tile, mask=grad)
+
+    return launch
+
+
+def weights(problem: Problem, tile: Tile) -> Callable[[], Any]:
+    def launch() -> None:
+        p = problem
+        masked = images(p.b, p.c_out, p.height, p.width, p.dtype)
+        weight_gradient(masked, _sources(p, 0), 0, tile, gpu(CPU).multiprocessors)
+
+    return launch
+
+
+def mask(dtype: torch.dtype, pool: bool) -> Callable[[], Any]:
+    def launch() -> None:
+        y, pooled = images(1, 64, 568, 568, dtype), images(1, 64, 284, 284, dtype)
+        mask_gradient(y, pooled if pool else None, y, True)
+
+    return launch
+
+
+LAUNCHERS = {"forward": forward, "data gradient": data, "weight gradient": weights}
+
+
+def problems(arrow: Arrow, dtype: torch.dtype) -> list[Problem]:
+    """The three convolutions of a layer of figure 1."""
+    size, c_all = arrow.size - 2, arrow.c_skip + arrow.c_in
+    layer = (arrow.c_skip, arrow.c_in, arrow.c_out, size, size)
+    return [
+        Problem("forward", dtype, 1, *layer, arrow.pool),
+        Problem("data gradient", dtype, 1, 0, arrow.c_out, c_all, arrow.size, arrow.size),
+        Problem("weight gradient", dtype, 1, *layer),
+    ]
+
+
+def _launches() -> dict[str, Callable[[], Any]]:
+    has_descriptors = gpu(CPU).capability[0] in tiles.DESCRIPTOR_MAJORS
+    launches: dict[str, Callable[[], Any]] = {
+        f"mask {dtype} {'pool' if pool else ''}": mask(dtype, pool)
+        for dtype, pool in product((torch.bfloat16, torch.float32), (False, True))
+    }
+    seen = set()
+    # those that also pool come first: they need the most registers
+    layers = sorted((a for a in arrows(572) if a.kind == "conv"), key=lambda arrow: not arrow.pool)
+    for dtype, arrow in product((torch.bfloat16, torch.float32), layers):
+        for problem in problems(arrow, dtype):
+            if problem.kind == "data gradient" and arrow.c_in == 1:
+                continue
+            for tile in tiles.candidates(problem):
+                what = (tile, problem.kind, problem.c_skip > 0, dtype)
+                if what not in seen and (has_descriptors or tile.kernel == "pointer"):
+                    seen.add(what)
+                    block = f"{tile.block_n}x{tile.block_h}x{tile.block_w}x{tile.block_k}"
+                    name = f"{tile.kernel} {block} {problem.key}"
+                    launches[name] = LAUNCHERS[problem.kind](problem, tile)
+    return launches
+
+
+LAUNCHES = _launches()
