@@ -7,6 +7,7 @@ from . import backends, ops
 from .losses import WeightedCrossEntropyLoss
 from .ops import (
     conv_relu,
+    conv_relu_pair,
     crop_concat,
     separate_touching,
     weight_map,
@@ -33,6 +34,7 @@ __all__ = [
     "WeightedCrossEntropyLoss",
     "backends",
     "conv_relu",
+    "conv_relu_pair",
     "crop_concat",
     "load_model",
     "ops",

@@ -17,28 +17,20 @@ PAPER_WIDTHS = (64, 128, 256, 512, 1024)
 class ConvReLU(nn.Conv2d):
     """Blue arrow: 3x3 convolution and ReLU, with batch normalisation between them on request."""
 
-    def __init__(
-        self, c_in: int, c_out: int, padding: int, norm: str | None, ops: ModuleType
-    ) -> None:
+    def __init__(self, c_in: int, c_out: int, padding: int, norm: str | None) -> None:
         super().__init__(c_in, c_out, 3, padding=padding)
-        self.same = padding
-        self.norm = nn.BatchNorm2d(c_out) if norm == "batch" else None
-        self.conv_relu = ops.conv_relu
-        self.crop_concat = ops.crop_concat
+        self.norm = nn.BatchNorm2d(c_out) if norm == "batch" else nn.Identity()
 
-    def forward(self, x: Tensor, skip: Tensor | None = None, pool: bool = False) -> Any:
-        """[B, C, H, W] to [B, C_out, H', W'], after ``skip`` was joined; with its pooled copy."""
-        if self.norm is None:
-            return self.conv_relu(
-                x, self.weight, self.bias, padding=self.same, skip=skip, pool=pool
-            )
-        source = x if skip is None else self.crop_concat(skip, x)
-        y = F.relu(self.norm(super().forward(source)), inplace=True)
-        return (y, F.max_pool2d(y, 2)) if pool else y
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C_out, H', W']."""
+        return F.relu(self.norm(super().forward(x)), inplace=True)
 
 
 class ConvPair(nn.Module):
-    """Two blue arrows, followed by dropout at the end of the contracting path."""
+    """Two blue arrows, followed by dropout at the end of the contracting path.
+
+    Without normalisation the two are one operator, and their modules only hold the weights.
+    """
 
     def __init__(
         self,
@@ -50,17 +42,34 @@ class ConvPair(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.conv1 = ConvReLU(c_in, c_out, padding, norm, ops)
-        self.conv2 = ConvReLU(c_out, c_out, padding, norm, ops)
+        self.conv1 = ConvReLU(c_in, c_out, padding, norm)
+        self.conv2 = ConvReLU(c_out, c_out, padding, norm)
         self.dropout = nn.Dropout(dropout)
+        self.padding = padding
+        self.fused = norm is None
+        self.conv_relu_pair = ops.conv_relu_pair
+        self.crop_concat = ops.crop_concat
 
     def forward(self, x: Tensor, skip: Tensor | None = None, pool: bool = False) -> Any:
         """[B, C, H, W] to [B, C_out, H', W'], and its max-pooled copy (red arrow) on request."""
-        x = self.conv1(x, skip=skip)
-        if self.training and self.dropout.p > 0:
-            x = self.dropout(self.conv2(x))
-            return (x, F.max_pool2d(x, 2)) if pool else x
-        return self.conv2(x, pool=pool)
+        drops = self.training and self.dropout.p > 0
+        if self.fused:
+            y = self.conv_relu_pair(
+                x,
+                self.conv1.weight,
+                self.conv1.bias,
+                self.conv2.weight,
+                self.conv2.bias,
+                padding=self.padding,
+                skip=skip,
+                pool=pool and not drops,
+            )
+            if not drops:
+                return y
+        else:
+            y = self.conv2(self.conv1(x if skip is None else self.crop_concat(skip, x)))
+        y = self.dropout(y)
+        return (y, F.max_pool2d(y, 2)) if pool else y
 
 
 class UpConv(nn.ConvTranspose2d):
@@ -104,7 +113,7 @@ class UNet(nn.Module):
         variant: "paper" is the figure; "release" the authors' published network, which has a ReLU
             after each up-convolution, twice the outputs in the last of them, the up-sampled
             features before the skip, and dropout after the last two pairs of the contracting path.
-        ops: the module whose ``conv_relu`` and ``crop_concat`` run, ``fastunet.ops`` or
+        ops: the module whose ``conv_relu_pair`` and ``crop_concat`` run, ``fastunet.ops`` or
             ``fastunet.ops.eager``.
     Raises: ValueError for arguments that cannot work.
     Source: Ronneberger et al. 2015, figure 1 and section 3 (initialisation).

@@ -1,13 +1,14 @@
 """The public operators; each falls back to plain PyTorch where no kernel serves."""
 
 from . import eager
-from .conv_relu import conv_relu
+from .conv_relu import conv_relu, conv_relu_pair
 from .crop_concat import crop_concat
 from .weight_map import separate_touching, weight_map
 from .weighted_cross_entropy import weighted_cross_entropy
 
 __all__ = [
     "conv_relu",
+    "conv_relu_pair",
     "crop_concat",
     "eager",
     "separate_touching",

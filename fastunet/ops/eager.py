@@ -27,6 +27,22 @@ def conv_relu(
     return (y, F.max_pool2d(y, 2)) if pool else y
 
 
+def conv_relu_pair(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    padding: int = 0,
+    skip: Tensor | None = None,
+    pool: bool = False,
+) -> Any:
+    """As ``fastunet.ops.conv_relu_pair``, one after the other."""
+    between = conv_relu(x, weight1, bias1, padding=padding, skip=skip)
+    return conv_relu(between, weight2, bias2, padding=padding, pool=pool)
+
+
 def weighted_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -61,4 +77,4 @@ def weighted_cross_entropy(
     return loss.sum() / share.sum()
 
 
-__all__ = ["conv_relu", "crop_concat", "weighted_cross_entropy"]
+__all__ = ["conv_relu", "conv_relu_pair", "crop_concat", "weighted_cross_entropy"]

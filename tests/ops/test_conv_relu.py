@@ -17,25 +17,33 @@ SHAPES = [
     (1, 64, 64, 64, 36, 36, 0),
     (2, 0, 16, 32, 28, 28, 1),
     (2, 5, 3, 7, 9, 13, 0),
+    (2, 0, 8, 16, 11, 9, 1),
     (1, 4, 4, 1, 4, 4, 1),
     (0, 0, 3, 4, 8, 8, 0),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
 def inputs(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> dict[str, Any]:
     b, c_skip, c, c_out, h, w, padding = shape
     options: dict[str, Any] = {"dtype": dtype, "device": device}
     scale = (2 / (9 * (c_skip + c))) ** 0.5
-    return {
+    images = {
         "x": torch.randn(b, c, h, w, **options),
         "weight": torch.randn(c_out, c_skip + c, 3, 3, **options) * scale,
-        "bias": torch.randn(c_out, **options),
         "skip": torch.randn(b, c_skip, h + 5, w + 4, **options) if c_skip else None,
-        "padding": padding,
     }
+    laid_out = {
+        name: None if image is None else image.contiguous(memory_format=layout)
+        for name, image in images.items()
+    }
+    return {**laid_out, "bias": torch.randn(c_out, **options), "padding": padding}
 
 
 def run(operator: Any, arguments: dict[str, Any], pool: bool) -> tuple[Tensor, ...]:
@@ -70,10 +78,15 @@ def gradients(operator: Any, arguments: dict[str, Any], pool: bool) -> tuple[Ten
 @pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_forward(
-    shape: tuple[int, ...], dtype: torch.dtype, pool: bool, device: torch.device
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    pool: bool,
+    layout: torch.memory_format,
+    device: torch.device,
 ) -> None:
-    arguments = inputs(shape, dtype, device)
+    arguments = inputs(shape, dtype, device, layout)
     exact = run(eager.conv_relu, cast(arguments, torch.float64), pool)
     plain = run(eager.conv_relu, arguments, pool)
     for got, eager_y, exact_y in zip(
@@ -85,10 +98,15 @@ def test_forward(
 @pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_backward(
-    shape: tuple[int, ...], dtype: torch.dtype, pool: bool, device: torch.device
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    pool: bool,
+    layout: torch.memory_format,
+    device: torch.device,
 ) -> None:
-    arguments = inputs(shape, dtype, device)
+    arguments = inputs(shape, dtype, device, layout)
     exact = gradients(eager.conv_relu, cast(arguments, torch.float64), pool)
     plain = gradients(eager.conv_relu, arguments, pool)
     for got, eager_grad, exact_grad in zip(
@@ -108,6 +126,59 @@ def test_gradcheck(pool: bool, device: torch.device) -> None:
         return fastunet.conv_relu(**dict(zip(names, tensors, strict=True)), padding=1, pool=pool)
 
     assert torch.autograd.gradcheck(call, leaves)
+
+
+def pair_inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    first = inputs((2, 8, 8, 16, 13, 14, 0), dtype, device)
+    second = inputs((2, 0, 16, 24, 11, 12, 0), dtype, device)
+    pair = {f"{name}1": first[name] for name in ("weight", "bias")}
+    pair |= {f"{name}2": second[name] for name in ("weight", "bias")}
+    images = {
+        name: first[name].contiguous(memory_format=torch.channels_last) for name in ("x", "skip")
+    }
+    return {**pair, **images, "padding": 0}
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pair(dtype: torch.dtype, pool: bool, device: torch.device) -> None:
+    arguments = pair_inputs(dtype, device)
+    wide = cast(arguments, torch.float64)
+    for function in (run, gradients):
+        exact = function(eager.conv_relu_pair, wide, pool)
+        plain = function(eager.conv_relu_pair, arguments, pool)
+        got = function(fastunet.conv_relu_pair, arguments, pool)
+        for actual, eager_value, exact_value in zip(got, plain, exact, strict=True):
+            assert_as_accurate(actual, eager_value, exact_value)
+
+
+def test_pair_rejects() -> None:
+    arguments = pair_inputs(torch.float32, torch.device("cpu"))
+    for change, message in (
+        ({"weight2": torch.ones(4, 9, 3, 3)}, r"weight must be \[C_out, 16, 3, 3\]"),
+        ({"x": arguments["x"][:, :, :4]}, "x must be at least 3 x 3 pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fastunet.conv_relu_pair(**{**arguments, **change})
+
+
+def test_nan_stays(device: torch.device) -> None:
+    arguments = inputs((1, 0, 8, 8, 8, 8, 0), torch.float32, device)
+    arguments["x"] = arguments["x"].contiguous(memory_format=torch.channels_last)
+    arguments["x"][0, 3, 4, 4] = float("nan")
+    for dtype in DTYPES:
+        given = cast(arguments, dtype)
+        plain = run(eager.conv_relu, given, True)
+        for got, want in zip(run(fastunet.conv_relu, given, True), plain, strict=True):
+            assert torch.equal(got.isnan(), want.isnan())
+
+
+def test_grey_images_come_out_in_channels_last(device: torch.device) -> None:
+    x, weight = torch.randn(2, 1, 8, 8, device=device), torch.randn(4, 1, 3, 3, device=device)
+    y, pooled = fastunet.conv_relu(x, weight, pool=True)
+    for images in (y, pooled):
+        assert images.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, eager.conv_relu(x, weight))
 
 
 def test_only_asked_gradients(device: torch.device) -> None:

@@ -161,9 +161,7 @@ def test_channels(
     check(shape, dtype, kernel_device)
 
 
-def test_strides(
-    kernel: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_strides(kernel: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     # descriptors leave most of these to the library
     for name, function in LIBRARY.items():
         monkeypatch.setattr(gpu, name, function)
