@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .cases import OURS, Call, Case, Contender
 
 # who computes, by the module that it is called from
-PYTHON_BACKENDS = {"triton_kernels": "triton", "onednn": "onednn"}
+PYTHON_BACKENDS = {"triton_kernels": "triton", "onednn": "onednn", "gpu": "cudnn"}
 
 
 class RefusedError(Exception):
@@ -26,8 +26,8 @@ class Trial:
     Args:
         contender: which.
         call: one run of it.
-        backend: who computes; for fastunet "reference", "cpp", "onednn", "triton" or "cuda", by
-            operator where they differ.
+        backend: who computes; for fastunet "reference", "cpp", "onednn", "triton", "cudnn" or
+            "cuda", by operator where they differ.
         errors: largest absolute error of each result.
     """
 
@@ -93,7 +93,7 @@ class Judge:
 def watch(call: Call) -> tuple[tuple[Tensor, ...], dict[str, str]]:
     """Run ``call`` once and see who computed each of fastunet's operators in it.
 
-    Returns: its outputs, and "reference", "cpp", "onednn", "triton" or "cuda" by operator.
+    Returns: its outputs, and "reference", "cpp", "onednn", "triton", "cudnn" or "cuda" by operator.
     Raises: RefusedError if a kernel is registered for an operator and its reference ran.
     """
     watcher = _Watcher()

@@ -56,3 +56,11 @@ def print_result(values: dict[str, Any], as_json: bool) -> None:
     for name, value in values.items():
         if value is not None:
             out.print(f"{name:>{width}}  {value}", highlight=False, soft_wrap=True)
+
+
+def integers(option: str, text: str) -> tuple[int, ...]:
+    """The numbers of "64,128"."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} must be integers joined by commas, got {text!r}") from None

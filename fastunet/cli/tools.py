@@ -1,4 +1,4 @@
-"""``fastunet doctor``, ``bench`` and ``demo``."""
+"""``fastunet doctor``, ``bench``, ``tune`` and ``demo``."""
 
 import sys
 from dataclasses import asdict
@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from .. import __version__
-from .common import AsJson, Device, app, out, print_result
+from .common import AsJson, Device, app, integers, out, print_result
 
 
 @app.command()
@@ -81,6 +81,39 @@ def bench(
         console=out,
     )
     raise typer.Exit(status)
+
+
+@app.command()
+def tune(
+    device: Device = "auto",
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="bfloat16 (the default), float16, float32; repeatable.")
+    ] = None,
+    size: Annotated[int, typer.Option(help="Height and width of the images, in pixels.")] = 572,
+    batch: Annotated[int, typer.Option(help="Images at once.")] = 1,
+    widths: Annotated[
+        str, typer.Option(help="Channels of the network's levels.")
+    ] = "64,128,256,512,1024",
+) -> None:
+    """Find the fastest kernel for each convolution on this GPU, and keep it for later runs."""
+    from fastunet_benchmarks.tune import tune as run
+
+    from ..devices import PRECISIONS, pick_device
+    from ..unet import UNet
+
+    chosen = pick_device(device)
+    if chosen.type != "cuda":
+        raise ValueError("tune measures kernels of a GPU, and this torch finds none to use")
+    dtypes = dtype or ["bfloat16"]
+    for name in dtypes:
+        if name not in PRECISIONS:
+            raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {name!r}")
+    if batch < 1:
+        raise ValueError(f"batch must be positive, got {batch}")
+    levels = integers("--widths", widths)
+    fitting = UNet(widths=levels).fitting_size(size)
+    path = run(chosen, dtypes=dtypes, size=fitting, batch=batch, widths=levels, console=out)
+    print_result({"cache": str(path)}, as_json=False)
 
 
 @app.command()

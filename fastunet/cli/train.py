@@ -16,6 +16,7 @@ from .common import (
     Separate,
     app,
     err,
+    integers,
     print_result,
 )
 
@@ -137,7 +138,7 @@ def train(
     model = UNet(
         training[0].image.shape[0],
         classes,
-        widths=_integers("--widths", widths),
+        widths=integers("--widths", widths),
         padding=padding,
         norm=None if norm == "none" else norm,
         up=up,
@@ -160,13 +161,6 @@ def train(
     picture = _curve(output / "curve.png", outcome.history)
     summary = {"steps": outcome.step, "checkpoint": str(output / BEST), "curve": picture}
     print_result(summary, as_json)
-
-
-def _integers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{option} must be integers joined by commas, got {text!r}") from None
 
 
 def _curve(path: Path, history: list[dict[str, Any]]) -> str | None:

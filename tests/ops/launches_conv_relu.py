@@ -5,7 +5,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from fastunet_benchmarks.figure import Arrow, arrows
+from fastunet_benchmarks.tune import problems
 from torch import Tensor
 
 from fastunet.ops._triton import gpu
@@ -68,17 +68,6 @@ def mask(dtype: torch.dtype, pool: bool) -> Callable[[], Any]:
 LAUNCHERS = {"forward": forward, "data gradient": data, "weight gradient": weights}
 
 
-def problems(arrow: Arrow, dtype: torch.dtype) -> list[Problem]:
-    """The three convolutions of a layer of figure 1."""
-    size, c_all = arrow.size - 2, arrow.c_skip + arrow.c_in
-    layer = (arrow.c_skip, arrow.c_in, arrow.c_out, size, size)
-    return [
-        Problem("forward", dtype, 1, *layer, arrow.pool),
-        Problem("data gradient", dtype, 1, 0, arrow.c_out, c_all, arrow.size, arrow.size),
-        Problem("weight gradient", dtype, 1, *layer),
-    ]
-
-
 def _launches() -> dict[str, Callable[[], Any]]:
     has_descriptors = gpu(CPU).capability[0] in tiles.DESCRIPTOR_MAJORS
     launches: dict[str, Callable[[], Any]] = {
@@ -86,19 +75,16 @@ def _launches() -> dict[str, Callable[[], Any]]:
         for dtype, pool in product((torch.bfloat16, torch.float32), (False, True))
     }
     seen = set()
+    of_figure = [*problems(572, 1, torch.bfloat16), *problems(572, 1, torch.float32)]
     # those that also pool come first: they need the most registers
-    layers = sorted((a for a in arrows(572) if a.kind == "conv"), key=lambda arrow: not arrow.pool)
-    for dtype, arrow in product((torch.bfloat16, torch.float32), layers):
-        for problem in problems(arrow, dtype):
-            if problem.kind == "data gradient" and arrow.c_in == 1:
-                continue
-            for tile in tiles.candidates(problem):
-                what = (tile, problem.kind, problem.c_skip > 0, dtype)
-                if what not in seen and (has_descriptors or tile.kernel == "pointer"):
-                    seen.add(what)
-                    block = f"{tile.block_n}x{tile.block_h}x{tile.block_w}x{tile.block_k}"
-                    name = f"{tile.kernel} {block} {problem.key}"
-                    launches[name] = LAUNCHERS[problem.kind](problem, tile)
+    for problem in sorted(of_figure, key=lambda problem: not problem.pool):
+        for tile in tiles.candidates(problem):
+            what = (tile, problem.kind, problem.c_skip > 0, problem.dtype)
+            if what not in seen and (has_descriptors or tile.kernel == "pointer"):
+                seen.add(what)
+                block = f"{tile.block_n}x{tile.block_h}x{tile.block_w}x{tile.block_k}"
+                name = f"{tile.kernel} {block} {problem.key}"
+                launches[name] = LAUNCHERS[problem.kind](problem, tile)
     return launches
 
 

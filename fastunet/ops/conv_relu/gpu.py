@@ -1,5 +1,6 @@
 """``conv_relu`` on GPUs: each of a layer's three convolutions by our kernel or the library's."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ def conv_relu_triton(
     """As ``conv_relu_reference``."""
     if unsupported(x, weight, skip):
         return conv_relu_reference(x, weight, bias, padding, skip, *flags)
-    return _forward(x, weight, bias, padding, skip, pool=False)[0]
+    tile = choose(forward_problem(x, weight, padding, skip, False), x, weight, skip)
+    return forward(x, weight, bias, padding, skip, False, tile)[0]
 
 
 def conv_relu_pool_triton(
@@ -50,7 +52,8 @@ def conv_relu_pool_triton(
     """As ``conv_relu_pool_reference``."""
     if unsupported(x, weight, skip):
         return conv_relu_pool_reference(x, weight, bias, padding, skip, *flags)
-    return _forward(x, weight, bias, padding, skip, pool=True)
+    tile = choose(forward_problem(x, weight, padding, skip, True), x, weight, skip)
+    return forward(x, weight, bias, padding, skip, True, tile)
 
 
 def conv_relu_bwd_triton(
@@ -71,92 +74,152 @@ def conv_relu_bwd_triton(
             grad_y, grad_pooled, y, x, weight, skip, padding, needed, relu_made_x, grad_is_masked
         )
     need_x, need_weight, need_bias, need_skip = needed
+    empty = x.new_empty(0)
     if grad_is_masked:
         masked = grad_y.contiguous(memory_format=torch.channels_last)
-        grad_bias = masked.sum((0, 2, 3)) if need_bias else x.new_empty(0)
+        grad_bias = masked.sum((0, 2, 3)) if need_bias else empty
     else:
         masked, grad_bias = mask_gradient(grad_y, grad_pooled, y, need_bias)
-
-    sources = _sources(x, skip)
-    b, c_out, height, width = y.shape
-    c_all = weight.shape[1]
-    turned = Problem("data gradient", x.dtype, b, 0, c_out, c_all, *x.shape[2:])
-    data_tile = _tile(turned, [masked, *sources], x.device)
-    weight_tile = _tile(
-        Problem(
-            "weight gradient", x.dtype, b, c_all - x.shape[1], x.shape[1], c_out, height, width
-        ),
-        [masked, *sources],
-        x.device,
-    )
-    need_data = need_x or need_skip
-    grad_source, grad_weight = _library_gradients(
-        masked, x, weight, skip, padding,
-        need_data and data_tile is None, need_weight and weight_tile is None,
-    )  # fmt: skip
+    grad_x = grad_skip = grad_weight = empty
+    if need_x or need_skip:
+        tile = choose(data_problem(x, weight), x, masked, weight, skip)
+        mask = x if relu_made_x else None
+        grad_x, grad_skip = data_gradients(
+            masked, x, weight, skip, padding, mask, [need_x, need_skip], tile
+        )
     if need_weight:
-        if weight_tile is not None:
-            multiprocessors = gpu(x.device).multiprocessors
-            grad_weight = weight_gradient(masked, sources, padding, weight_tile, multiprocessors)
-        grad_weight = laid_out_like(grad_weight, weight)
-
-    c = c_all - x.shape[1]
-    mask = x if relu_made_x else None
-    grad_x = grad_skip = x.new_empty(0)
-    if need_x and data_tile is None:
-        grad_x = laid_out_like(grad_source[:, c:], x)
-        grad_x = grad_x if mask is None else mask_gradient(grad_x, None, mask, False)[0]
-    elif need_x and data_tile is not None:
-        grad_x = torch.empty_like(x)
-        data_gradient(masked, weight[:, c:], padding, grad_x, data_tile, mask)
-    if need_skip and skip is not None and data_tile is None:
-        grad_skip = uncrop(grad_source[:, :c], skip)
-    elif need_skip and skip is not None and data_tile is not None:
-        grad_skip = torch.zeros_like(skip)
-        crop = centre_crop(grad_skip, *x.shape[2:])
-        data_gradient(masked, weight[:, :c], padding, crop, data_tile)
+        problem = weight_problem(x, weight, padding, skip)
+        tile = choose(problem, x, masked, skip)
+        grad_weight = weight_gradients(masked, x, weight, skip, padding, tile)
     return grad_x, grad_weight, grad_bias, grad_skip
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None, pool: bool
-) -> tuple[Tensor, Tensor]:
-    b, c, height, width = x.shape
-    height, width = height - 2 + 2 * padding, width - 2 + 2 * padding
+def forward_problem(
+    x: Tensor, weight: Tensor, padding: int, skip: Tensor | None, pool: bool
+) -> Problem:
+    """The convolution of the forward pass."""
+    c_skip = 0 if skip is None else skip.shape[1]
+    height, width = (n - 2 + 2 * padding for n in x.shape[2:])
+    layer = (x.shape[0], c_skip, x.shape[1], weight.shape[0], height, width)
+    return Problem("forward", x.dtype, *layer, pool)
+
+
+def data_problem(x: Tensor, weight: Tensor) -> Problem:
+    """The convolution whose result is the gradient of skip and x."""
     c_out, c_all = weight.shape[:2]
-    problem = Problem("forward", x.dtype, b, c_all - c, c, c_out, height, width, pool)
-    sources = _sources(x, skip)
-    tile = _tile(problem, [*sources, weight], x.device)
-    if tile is None:
-        return _library_forward(x, weight, bias, padding, skip, pool)
-    empty = x.new_empty(0)
-    y = torch.empty(
-        (b, c_out, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
-    pooled = torch.empty_like(y[:, :, : height // 2, : width // 2]) if pool else None
-    convolve(sources, weight, bias, padding, y, tile, relu=True, pooled=pooled)
-    return y, empty if pooled is None else pooled
+    return Problem("data gradient", x.dtype, x.shape[0], 0, c_out, c_all, *x.shape[2:])
 
 
-def _sources(x: Tensor, skip: Tensor | None) -> list[Tensor]:
-    return [x] if skip is None else [centre_crop(skip, *x.shape[2:]), x]
+def weight_problem(x: Tensor, weight: Tensor, padding: int, skip: Tensor | None) -> Problem:
+    """The matrix product whose result is the gradient of the weights."""
+    return replace(forward_problem(x, weight, padding, skip, False), kind="weight gradient")
 
 
-def _tile(problem: Problem, images: list[Tensor], device: torch.device) -> Tile | None:
+def choose(problem: Problem, *images: Tensor | None) -> Tile | None:
     """The kernel for ``problem``, or None for the library's."""
+    given = [image for image in images if image is not None]
+    device = given[0].device
     tile = tiles.choose(problem, gpu(device).capability, tiles.cached(device))
-    if tile is not None and tile.kernel == "tma" and why_not_tma(*images):
+    if tile is not None and tile.kernel == "tma" and why_not_tma(*given):
         return None
     return tile
 
 
-def _library_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None, pool: bool
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: int,
+    skip: Tensor | None,
+    pool: bool,
+    tile: Tile | None,
 ) -> tuple[Tensor, Tensor]:
+    """y and its pooled copy, which is empty without ``pool``."""
+    b, _, height, width = x.shape
+    height, width = height - 2 + 2 * padding, width - 2 + 2 * padding
+    if tile is None or tile.kernel == "cudnn":
+        y = _library_forward(x, weight, bias, padding, skip, tile is not None)
+        return y, F.max_pool2d(y, 2) if pool else x.new_empty(0)
+
+    def images(height: int, width: int) -> Tensor:
+        size = (b, weight.shape[0], height, width)
+        return x.new_empty(size).to(memory_format=torch.channels_last)
+
+    y = images(height, width)
+    pooled = images(height // 2, width // 2) if pool else None
+    convolve(_sources(x, skip), weight, bias, padding, y, tile, relu=True, pooled=pooled)
+    return y, x.new_empty(0) if pooled is None else pooled
+
+
+def data_gradients(
+    masked: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    skip: Tensor | None,
+    padding: int,
+    mask: Tensor | None,
+    needed: list[bool],
+    tile: Tile | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, zero where ``mask`` is not positive, and of skip; empty if not needed."""
+    need_x, need_skip = needed
+    c = weight.shape[1] - x.shape[1]
+    grad_x = grad_skip = x.new_empty(0)
+    if tile is None:
+        grad = _library_gradients(masked, x, weight, skip, padding, [True, False, False])[0]
+        if need_x:
+            grad_x = laid_out_like(grad[:, c:], x)
+            grad_x = grad_x if mask is None else mask_gradient(grad_x, None, mask, False)[0]
+        if need_skip and skip is not None:
+            grad_skip = uncrop(grad[:, :c], skip)
+        return grad_x, grad_skip
+    if need_x:
+        grad_x = torch.empty_like(x)
+        data_gradient(masked, weight[:, c:], padding, grad_x, tile, mask)
+    if need_skip and skip is not None:
+        grad_skip = torch.zeros_like(skip)
+        crop = centre_crop(grad_skip, x.shape[2], x.shape[3])
+        data_gradient(masked, weight[:, :c], padding, crop, tile)
+    return grad_x, grad_skip
+
+
+def weight_gradients(
+    masked: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    skip: Tensor | None,
+    padding: int,
+    tile: Tile | None,
+) -> Tensor:
+    """The gradient of ``weight``."""
+    if tile is None:
+        needed = [False, True, False]
+        grad = _library_gradients(masked, x, weight, skip, padding, needed)[1]
+    else:
+        multiprocessors = gpu(x.device).multiprocessors
+        grad = weight_gradient(masked, _sources(x, skip), padding, tile, multiprocessors)
+    return laid_out_like(grad, weight)
+
+
+def _sources(x: Tensor, skip: Tensor | None) -> list[Tensor]:
+    return [x] if skip is None else [centre_crop(skip, x.shape[2], x.shape[3]), x]
+
+
+def _library_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: int,
+    skip: Tensor | None,
+    fused: bool,
+) -> Tensor:
     source = x if skip is None else torch.ops.fastunet.crop_concat(skip, x)
-    y = F.conv2d(source, weight, bias, padding=padding).relu_()
-    y = y.contiguous(memory_format=torch.channels_last)
-    return y, F.max_pool2d(y, 2) if pool else x.new_empty(0)
+    if fused:
+        once, padded = [1, 1], [padding, padding]
+        y = torch.cudnn_convolution_relu(source, weight, bias, once, padded, once, 1)
+    else:
+        y = F.conv2d(source, weight, bias, padding=padding).relu_()
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def _library_gradients(
@@ -165,16 +228,10 @@ def _library_gradients(
     weight: Tensor,
     skip: Tensor | None,
     padding: int,
-    need_data: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the concatenated source and of the weights; empty where not needed."""
-    if not (need_data or need_weight):
-        return x.new_empty(0), x.new_empty(0)
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     source = x if skip is None else torch.ops.fastunet.crop_concat(skip, x)
-    needed = [need_data, need_weight, False]
-    grad_source, grad_weight, _ = convolution_gradients(masked, source, weight, padding, needed)
-    return grad_source, grad_weight
+    return convolution_gradients(masked, source, weight, padding, needed)
 
 
 def _allows_tf32() -> bool:

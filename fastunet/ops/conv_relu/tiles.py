@@ -27,20 +27,21 @@ class Tile:
     """A kernel and the block that one of its programs computes.
 
     Args:
-        kernel: "tma" reads through tensor descriptors, "pointer" through pointers.
+        kernel: "tma" reads through tensor descriptors, "pointer" through pointers; "cudnn" is
+            the library's convolution with bias and ReLU, which has no blocks to choose.
         block_n: output channels; of a weight gradient, rows of it.
         block_h, block_w: pixels; "pointer" takes their product.
         block_k: input channels a step; of a weight gradient, columns of it.
         warps, stages: of Triton, the second how many steps are loaded ahead.
     """
 
-    kernel: Literal["tma", "pointer"]
-    block_n: int
-    block_h: int
-    block_w: int
-    block_k: int
-    warps: int
-    stages: int
+    kernel: Literal["tma", "pointer", "cudnn"]
+    block_n: int = 1
+    block_h: int = 1
+    block_w: int = 1
+    block_k: int = 1
+    warps: int = 1
+    stages: int = 1
 
     @property
     def pixels(self) -> int:
@@ -196,7 +197,7 @@ def text(choices: dict[str, Tile | None]) -> str:
 
 def _checked(tile: dict[str, Any]) -> dict[str, Any]:
     blocks = [tile[name] for name in ("block_n", "block_h", "block_w", "block_k", "warps")]
-    if tile["kernel"] not in ("tma", "pointer") or not all(
+    if tile["kernel"] not in ("tma", "pointer", "cudnn") or not all(
         isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in blocks
     ):
         raise ValueError(f"no such tile: {tile}")

@@ -247,8 +247,9 @@ def why_not_tma(*tensors: Tensor) -> str | None:
     """Why tensor descriptors cannot address these images or weights, or None."""
     for tensor in tensors:
         pixels = tensor.permute(0, 2, 3, 1)
-        aligned = all(stride * tensor.element_size() % 16 == 0 for stride in _strides(pixels)[:-1])
-        if pixels.stride(3) != 1 or not aligned or tensor.data_ptr() % 16:
+        steps = [stride * tensor.element_size() for stride in _strides(pixels)[:-1]]
+        aligned = all(step > 0 and step % 16 == 0 for step in [*steps, tensor.data_ptr() or 16])
+        if pixels.stride(3) != 1 or not aligned:
             return "tensor descriptors need channels_last with rows of 16 bytes"
     return None
 
