@@ -92,17 +92,17 @@ def crop_concat(skip: Tensor, up: Tensor) -> Tensor:
     Source: Ronneberger et al. 2015, figure 1.
     """
     for name, tensor in (("skip", skip), ("up", up)):
-        check_tensor("crop_concat", name, tensor)
-        if tensor.ndim != 4:
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4:
+            check_tensor("crop_concat", name, tensor)
             raise bad_value("crop_concat", name, "[B, C, H, W]", describe(tensor))
-    check_same_kind("crop_concat", "up", up, "skip", skip)
+    if skip.dtype != up.dtype or skip.device != up.device:
+        check_same_kind("crop_concat", "up", up, "skip", skip)
+        # under autocast, where a concatenation takes the wider dtype
+        dtype = torch.promote_types(skip.dtype, up.dtype)
+        skip, up = skip.to(dtype), up.to(dtype)
     batch, _, height, width = up.shape
     skip_batch, _, skip_height, skip_width = skip.shape
     if skip_batch != batch or skip_height < height or skip_width < width:
         want = f"[{batch}, C, H >= {height}, W >= {width}] to crop to up"
         raise bad_value("crop_concat", "skip", want, describe(skip))
-    if skip.dtype != up.dtype:
-        # under autocast, where a concatenation takes the wider dtype
-        dtype = torch.promote_types(skip.dtype, up.dtype)
-        skip, up = skip.to(dtype), up.to(dtype)
     return _OPERATOR(skip, up)
