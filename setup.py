@@ -18,6 +18,7 @@ from typing import Any
 
 from setuptools import setup
 
+SOURCES = ["csrc/ops.cpp", "csrc/ops_crop_concat.cpp"]
 FLAGS = [
     "-O3",
     "-g0",
@@ -146,7 +147,7 @@ def native() -> dict[str, Any]:
 
     extension = CppExtension(
         "fastunet._C",
-        ["csrc/ops.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))],
+        [*SOURCES, *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))],
         depends=[str(path) for path in sorted(Path("csrc").rglob("*")) if path.is_file()],
         extra_compile_args={"cxx": FLAGS},
         py_limited_api=True,

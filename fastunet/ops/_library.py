@@ -23,14 +23,6 @@ def float32(device: str, tensors: tuple[Tensor, ...]) -> torch.dtype:
     return torch.float32
 
 
-def widest(device: str, tensors: tuple[Tensor, ...]) -> torch.dtype:
-    """The widest dtype among ``tensors``, as concatenations take."""
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
 def _is_cast(argument: object) -> TypeGuard[Tensor]:
     """Whether autocast changes ``argument``; it leaves float64 alone, as PyTorch's own does."""
     return (

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._triton import gpu
-from ..crop_concat.reference import centre_crop, uncrop
+from ..crop_concat.reference import centre_crop
 from . import tiles
 from .reference import (
     conv_relu_bwd_reference,
@@ -171,7 +171,7 @@ def data_gradients(
             grad_x = laid_out_like(grad[:, c:], x)
             grad_x = grad_x if mask is None else mask_gradient(grad_x, None, mask, False)[0]
         if need_skip and skip is not None:
-            grad_skip = uncrop(grad[:, :c], skip)
+            grad_skip = torch.ops.fastunet.crop_concat_bwd(grad, skip)
         return grad_x, grad_skip
     if need_x:
         grad_x = torch.empty_like(x)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..crop_concat.reference import centre_crop, crop_concat_reference, uncrop
+from ..crop_concat.reference import centre_crop
 from .reference import (
     conv_relu_bwd_reference,
     conv_relu_pool_reference,
@@ -92,7 +92,9 @@ def conv_relu_bwd_onednn(
     grad_skip, of_skip, _ = _gradients(masked, crop, weight[:, :c], padding, needed)
     if need_weight:
         grad_weight = laid_out_like(torch.cat([of_skip, grad_weight], 1), weight)
-    return grad_x, grad_weight, grad_bias, uncrop(grad_skip, skip) if need_skip else grad_skip
+    if need_skip:
+        grad_skip = torch.ops.fastunet.crop_concat_bwd(grad_skip, skip)
+    return grad_x, grad_weight, grad_bias, grad_skip
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -107,7 +109,7 @@ def _is_channels_last(tensor: Tensor) -> bool:
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None
 ) -> Tensor:
-    x = x if skip is None else crop_concat_reference(skip, x)
+    x = x if skip is None else torch.ops.fastunet.crop_concat(skip, x)
     x = x.contiguous(memory_format=torch.channels_last)
     if weight.shape[1] >= FEW_CHANNELS:
         return F.conv2d(x, weight, bias, padding=padding)
