@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastunet_benchmarks import tune
+from fastunet_benchmarks import floors, tune
 from rich.console import Console
 
 from fastunet.ops.conv_relu import tiles
@@ -161,3 +161,8 @@ def test_keeps_what_it_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     kept = tiles.read(path)
     assert {key: kept[key] for key in seen} == dict.fromkeys(seen, TILE)
     assert len(kept) == 3 * 10 - 1
+
+
+def test_page_of_counts_is_current() -> None:
+    page = Path(__file__).parents[1] / "docs" / "maths" / "conv_relu.md"
+    assert floors.table() in page.read_text(encoding="utf-8")

@@ -82,6 +82,10 @@ for _name, _backward in (("conv_relu", _conv_relu_backward), ("conv_relu_pool", 
     )
     register_autocast(_name, lower_precision)
 
+# looked up once: at the small levels microseconds count
+_CONV_RELU = torch.ops.fastunet.conv_relu.default
+_CONV_RELU_POOL = torch.ops.fastunet.conv_relu_pool.default
+
 
 def conv_relu(
     x: Tensor,
@@ -110,8 +114,7 @@ def conv_relu(
     Source: Ronneberger et al. 2015, figure 1.
     """
     _check(x, weight, bias, padding, skip, pool)
-    operator = torch.ops.fastunet.conv_relu_pool if pool else torch.ops.fastunet.conv_relu
-    return operator(x, weight, bias, padding, skip)
+    return (_CONV_RELU_POOL if pool else _CONV_RELU)(x, weight, bias, padding, skip)
 
 
 def conv_relu_pair(
@@ -146,11 +149,9 @@ def conv_relu_pair(
     Source: Ronneberger et al. 2015, figure 1.
     """
     _check(x, weight1, bias1, padding, skip, False)
-    between = torch.ops.fastunet.conv_relu(
-        x, weight1, bias1, padding, skip, False, grad_is_masked=True
-    )
+    between = _CONV_RELU(x, weight1, bias1, padding, skip, False, grad_is_masked=True)
     _check(between, weight2, bias2, padding, None, pool)
-    operator = torch.ops.fastunet.conv_relu_pool if pool else torch.ops.fastunet.conv_relu
+    operator = _CONV_RELU_POOL if pool else _CONV_RELU
     return operator(between, weight2, bias2, padding, None, relu_made_x=True)
 
 
