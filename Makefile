@@ -4,13 +4,20 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test check bench gpu-check clean
+# the kernels are tested under the oldest Triton that serves and under this one
+LATER_TRITON = 3.9.0
+LATER = $(VENV)-triton-$(LATER_TRITON)
+
+.PHONY: demo test test-triton check bench gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastunet demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-triton: $(INSTALLED) $(LATER)/triton
+	PYTHONPATH=$(LATER) $(BIN)/python -m pytest tests/ops/test_*_kernels.py tests/ops/test_*_compiled.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -23,8 +30,10 @@ bench: $(INSTALLED)
 
 # for a machine with a GPU, a CUDA toolkit and no network: the torch that is there, no .venv
 gpu-check:
-	FASTUNET_BUILD_CUDA=1 $(PYTHON) setup.py build_ext --inplace
+	FASTUNET_BUILD_CUDA=1 $(PYTHON) -m pip install --no-index --no-deps --no-build-isolation --editable .
 	$(PYTHON) -m pytest
+	$(PYTHON) -m fastunet tune
+	$(PYTHON) -m fastunet bench --json gpu.json
 
 # torch comes first and from the constraints: the extension is built against it, without isolation
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
@@ -34,5 +43,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
 	touch $@
 
+$(LATER)/triton: | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(LATER) triton==$(LATER_TRITON)
+
 clean:
-	rm -rf $(VENV) build demo fastunet/*.so *.egg-info
+	rm -rf $(VENV) $(LATER) build demo fastunet/*.so *.egg-info

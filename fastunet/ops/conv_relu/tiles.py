@@ -124,7 +124,7 @@ def candidates(problem: Problem) -> list[Tile]:
             return []
         return [
             Tile("tma", 64, 1, 64, 64, 8, 3),
-            Tile("tma", 128, 1, 64, 64, 8, 3),
+            Tile("tma", 128, 1, 64, 64, 4, 3),
             Tile("pointer", 64, 1, 64, 64, 4, 3),
         ]
     block_k = 128 // problem.dtype.itemsize

@@ -98,9 +98,11 @@ def _crop_concat_bwd_kernel(
         line - starts[2],
         place - starts[3],
     )
+    source = _offsets(outer, inner, line, place, grad_strides)
+    # compared as vectors: the interpreter of Triton 3.9 takes no masks that came of scalars
+    outer, inner = outer + tl.zeros_like(line), inner + tl.zeros_like(line)
     inside = (outer >= 0) & (outer < lengths[0]) & (inner >= 0) & (inner < lengths[1])
     inside &= (line >= 0) & (line < lengths[2]) & (place >= 0) & (place < lengths[3])
-    source = _offsets(outer, inner, line, place, grad_strides)
     words = tl.load(_words(grad_ptr, source, WORD, WORDS), mask=(exists & inside)[:, None], other=0)
     tl.store(_words(out_ptr, target, WORD, WORDS), words, mask=exists[:, None])
 
