@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,13 +133,14 @@ def rivals(
     leaves: Collection[str],
     setting: Setting,
 ) -> tuple[Contender, ...]:
-    """Eager PyTorch in both layouts, ``torch.compile`` of it, and fastunet."""
+    """Eager PyTorch in both layouts, ``torch.compile`` of it in two modes, and fastunet."""
 
     def bound(function: Callable[..., Any], layout: str) -> Callable[[Inputs], Call]:
         return lambda inputs: bind(function, inputs, leaves, layout)
 
-    def compiled(inputs: Inputs) -> Call:
-        return bind(torch.compile(eager, dynamic=False), inputs, leaves, "channels_last")
+    def compiled(inputs: Inputs, mode: str | None = None) -> Call:
+        function = torch.compile(eager, dynamic=False, mode=mode)
+        return bind(function, inputs, leaves, "channels_last")
 
     return (
         *(
@@ -152,6 +154,13 @@ def rivals(
             backend="inductor",
             skip=why_not_compiled(setting),
         ),
+        Contender(
+            "torch.compile max-autotune",
+            partial(compiled, mode="max-autotune"),
+            "channels_last",
+            backend="inductor",
+            skip=why_not_compiled(setting) or why_no_gpu(setting),
+        ),
         Contender(OURS, bound(ours, "channels_last"), "channels_last"),
     )
 
@@ -159,6 +168,11 @@ def rivals(
 def why_not_compiled(setting: Setting) -> str | None:
     """Why ``torch.compile`` takes no part, or None."""
     return "compiling takes longer than --quick allows" if setting.quick else None
+
+
+def why_no_gpu(setting: Setting) -> str | None:
+    """Why a contender for GPUs takes no part, or None."""
+    return None if setting.device.type == "cuda" else "compared on GPUs only"
 
 
 def exactly(function: Callable[..., Any], leaves: Collection[str] = ()) -> Callable[[Inputs], Any]:

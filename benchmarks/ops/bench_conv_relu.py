@@ -4,10 +4,12 @@ from functools import partial
 from math import prod
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from fastunet import ops
 
-from ..cases import Case, Inputs, Setting, exactly, noise, rivals
+from ..cases import Case, Contender, Inputs, Setting, bind, exactly, noise, rivals, why_no_gpu
 from ..figure import PAPER_SIZE, Arrow, arrows
 
 # the first arrow, the largest, one of the middle, the deepest, the last concatenation
@@ -50,9 +52,28 @@ def _case(arrow: Arrow, dtype: torch.dtype, backward: bool, setting: Setting) ->
         dtype=dtype,
         inputs=inputs,
         exact=exactly(eager, leaves),
-        contenders=rivals(eager, ours, leaves, setting),
+        contenders=(*rivals(eager, ours, leaves, setting), _library(arrow, leaves, setting)),
         moved_bytes=_elements(arrow, batch, leaves) * dtype.itemsize,
         flops=passes * batch * arrow.flops,
+    )
+
+
+def _library(arrow: Arrow, leaves: list[str], setting: Setting) -> Contender:
+    """cuDNN's convolution with bias and ReLU, which has no gradient."""
+
+    def convolve(
+        x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        source = x if skip is None else ops.eager.crop_concat(skip, x)
+        y = torch.cudnn_convolution_relu(source, weight, bias, [1, 1], [0, 0], [1, 1], 1)
+        return (y, F.max_pool2d(y, 2)) if arrow.pool else (y,)
+
+    return Contender(
+        "cudnn_convolution_relu",
+        lambda inputs: bind(convolve, inputs, layout="channels_last"),
+        "channels_last",
+        backend="cudnn",
+        skip=why_no_gpu(setting) or ("it has no gradient" if leaves else None),
     )
 
 

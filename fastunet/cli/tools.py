@@ -3,13 +3,16 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from .. import __version__
 from .common import AsJson, Device, app, integers, out, print_result
+
+if TYPE_CHECKING:
+    import torch
 
 
 @app.command()
@@ -35,6 +38,9 @@ def doctor(as_json: AsJson = False) -> None:
         "extension": backends.EXTENSION_MISSING or "loaded",
     }
     rows = backends.report()
+    served = {(row.operator, row.device): row.backend for row in rows}
+    if device.type == "cuda" and served["conv_relu", "cuda"] == "triton":
+        facts["convolutions"] = _tuned(device)
     if as_json:
         print_result({**facts, "operators": [asdict(row) for row in rows]}, as_json)
         return
@@ -43,6 +49,17 @@ def doctor(as_json: AsJson = False) -> None:
     for row in rows:
         table.add_row(row.operator, row.device, row.backend, row.why)
     out.print(table)
+
+
+def _tuned(device: "torch.device") -> str:
+    """Where the choice of kernels for convolutions comes from."""
+    from ..ops.conv_relu import tiles
+
+    path = tiles.cache_path(device)
+    float32 = "float32 in cuDNN unless TF32 is allowed"
+    if path.exists():
+        return f"Triton or cuDNN as measured in {path}; {float32}"
+    return f"Triton or cuDNN by a rule, which `fastunet tune` replaces; {float32}"
 
 
 @app.command()
