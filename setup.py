@@ -146,7 +146,8 @@ def native() -> dict[str, Any]:
 
     extension = CppExtension(
         "fastunet._C",
-        ["csrc/ops.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))],
+        ["csrc/ops.cpp", "csrc/ops_weighted_cross_entropy.cpp"]
+        + [str(path) for path in sorted(Path("csrc/cpu").glob("*.cpp"))],
         depends=[str(path) for path in sorted(Path("csrc").rglob("*")) if path.is_file()],
         extra_compile_args={"cxx": FLAGS},
         py_limited_api=True,

@@ -158,10 +158,11 @@ def test_registration(reduction: str, device: torch.device) -> None:
     logits = arguments.pop("logits").requires_grad_()
     target, pixel_weight, class_weight = arguments.values()
     options = (-100, 0.1, reduction)
-    torch.library.opcheck(
-        torch.ops.fastunet.weighted_cross_entropy,
-        (logits, target, pixel_weight.double(), class_weight.double(), *options),
-    )
+    for with_gradient in (False, True):
+        torch.library.opcheck(
+            torch.ops.fastunet.weighted_cross_entropy,
+            (logits, target, pixel_weight.double(), class_weight.double(), *options, with_gradient),
+        )
 
     def call(logits: Tensor) -> Tensor:
         return fastunet.weighted_cross_entropy(
