@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastunet
 from fastunet.ops import eager
@@ -53,8 +54,8 @@ def in_float32(**arguments: Any) -> Tensor:
     return loss.to(dtype)
 
 
-def check(arguments: dict[str, Any]) -> None:
-    got = loss_and_gradient(fastunet.weighted_cross_entropy, arguments)
+def check(arguments: dict[str, Any], operator: Any = fastunet.weighted_cross_entropy) -> None:
+    got = loss_and_gradient(operator, arguments)
     plain = loss_and_gradient(in_float32, arguments)
     exact = loss_and_gradient(eager.weighted_cross_entropy, as_exact(arguments))
     for a, b, c in zip(got, plain, exact, strict=True):
@@ -70,23 +71,42 @@ def test_forward_and_backward(
     check(inputs(shape, dtype, device) | {"reduction": reduction, "label_smoothing": 0.1})
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(
-    shape=st.tuples(*(st.integers(1, n) for n in (3, 9, 12, 12))),
-    reduction=st.sampled_from(REDUCTIONS),
-    smoothing=st.sampled_from([0.0, 0.1, 1.0]),
-    left_out=st.sets(st.sampled_from(["pixel_weight", "class_weight"])),
-    seed=st.integers(0, 2**31),
-)
-def test_random(
-    shape: tuple[int, ...], reduction: str, smoothing: float, left_out: set[str], seed: int
-) -> None:
-    torch.manual_seed(seed)
-    arguments = inputs(shape, torch.float32, "cpu")
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.to(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "classes of more": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "sliced": lambda t: F.pad(t, (1, 2, 3, 0))[..., 3:, 1:-2],
+}
+
+
+def random_inputs(draw: st.DrawFn, dtypes: list[torch.dtype], most: int) -> dict[str, Any]:
+    """Arguments of weighted_cross_entropy, with enough pixels that eager's error is not luck."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    shape = draw(st.tuples(*(st.integers(1, n) for n in (3, 9)), *[st.integers(5, most)] * 2))
+    dtype = draw(st.sampled_from(dtypes))
+    arguments = inputs(shape, dtype, "cpu", ignored=draw(st.sampled_from([0.0, 0.1, 0.5])))
+    spread = draw(st.sampled_from([0.0, 1.0, 10.0, 1e3]))
+    logits = (arguments["logits"].double() * spread).to(dtype)
+    arguments["logits"] = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](logits)
     # "mean" of nothing is undefined
     arguments["target"][:, 0, 0] = 0
-    arguments |= dict.fromkeys(left_out)
-    check(arguments | {"reduction": reduction, "label_smoothing": smoothing})
+    arguments |= dict.fromkeys(draw(st.sets(st.sampled_from(["pixel_weight", "class_weight"]))))
+    ignore_index = draw(st.sampled_from([-100, 255, shape[1]]))
+    arguments["target"][arguments["target"] == -100] = ignore_index
+    types = [torch.int64, torch.int32] + [torch.uint8] * (ignore_index >= 0)
+    arguments["target"] = arguments["target"].to(draw(st.sampled_from(types)))
+    return arguments | {
+        "ignore_index": ignore_index,
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])),
+        "reduction": draw(st.sampled_from(REDUCTIONS)),
+    }
+
+
+@settings(max_examples=2000, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_random(data: st.DataObject) -> None:
+    check(random_inputs(data.draw, [*DTYPES, torch.float64], 20))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -151,6 +171,109 @@ def test_strides(device: torch.device) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_run_gives_the_same_bits(dtype: torch.dtype, device: torch.device) -> None:
+    """And on the CPU every number of threads."""
+    threads = torch.get_num_threads()
+    results = []
+    for number in (1, 2, 3, 7):
+        torch.manual_seed(0)
+        arguments = inputs((3, 5, 200, 201), dtype, device) | {"reduction": "weighted_mean"}
+        torch.set_num_threads(number)
+        results.append(loss_and_gradient(fastunet.weighted_cross_entropy, arguments))
+    torch.set_num_threads(threads)
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+def test_backward_again(device: torch.device) -> None:
+    """A gradient that was computed ahead serves once more, and scaled, and is not overwritten."""
+    arguments = inputs((2, 3, 8, 7), torch.float32, device)
+    logits = arguments.pop("logits").requires_grad_()
+    loss = fastunet.weighted_cross_entropy(logits, **arguments)
+    first, second, tripled = (
+        torch.autograd.grad(loss, logits, torch.full_like(loss, factor), retain_graph=True)[0]
+        for factor in (1, 1, 3)
+    )
+    assert torch.equal(first, second)
+    exact = loss_and_gradient(
+        eager.weighted_cross_entropy, as_exact(arguments | {"logits": logits})
+    )[1]
+    assert_as_accurate(tripled, 3 * first, 6 * exact)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert torch.equal(logits.grad, 2 * first)
+    loss = fastunet.weighted_cross_entropy(logits, **arguments)
+    (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    grad.zero_()
+    if logits.device.type == "cpu":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, logits)
+    else:
+        assert torch.equal(torch.autograd.grad(loss, logits)[0], second)
+
+
+def test_loss_scaling_does_not_underflow(device: torch.device) -> None:
+    """A gradient below float16's least number, until it is multiplied by the loss scale."""
+    arguments = inputs((1, 2, 300, 300), torch.float16, device)
+    arguments["pixel_weight"] = 1e-3 * arguments["pixel_weight"]
+    scaled = {**arguments, "pixel_weight": 2.0**15 * arguments["pixel_weight"]}
+    logits = arguments["logits"].clone().requires_grad_()
+    loss = fastunet.weighted_cross_entropy(**{**arguments, "logits": logits})
+    (grad,) = torch.autograd.grad(loss, logits, torch.full_like(loss, 2.0**15))
+    plain = loss_and_gradient(in_float32, scaled)[1]
+    exact = loss_and_gradient(eager.weighted_cross_entropy, as_exact(scaled))[1]
+    assert_as_accurate(grad, 2 * plain, 2 * exact)
+
+
+@pytest.mark.parametrize("grad_enabled", [False, True])
+def test_no_gradient_that_nobody_wants(grad_enabled: bool, device: torch.device) -> None:
+    """Neither in evaluation nor of logits that require none is one computed."""
+    arguments = inputs((2, 3, 8, 7), torch.float32, device)
+    arguments["logits"].requires_grad_(not grad_enabled)
+    with torch.set_grad_enabled(grad_enabled), _Calls() as calls:
+        fastunet.weighted_cross_entropy(**arguments)
+    ((name, with_gradient),) = calls.seen
+    assert name == "fastunet::weighted_cross_entropy"
+    assert not with_gradient
+
+
+class _Calls(TorchDispatchMode):
+    """Notes fastunet's operators and their last argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "fastunet":
+            self.seen.append((func._schema.name, args[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_pass_on_the_cpu() -> None:
+    """A plain backward() of float32 logits runs no backward operator; others run it."""
+    arguments = inputs((2, 3, 8, 7), torch.float32, "cpu")
+    for dtype, factor, count in ((torch.float32, 1, 1), (torch.float32, 2, 2), (torch.half, 1, 2)):
+        logits = arguments["logits"].detach().to(dtype).requires_grad_()
+        with _Calls() as calls:
+            loss = fastunet.weighted_cross_entropy(**{**arguments, "logits": logits})
+            loss.backward(torch.full_like(loss, factor))
+        assert len(calls.seen) == count
+
+
+def test_differentiates_once(device: torch.device) -> None:
+    arguments = inputs((2, 3, 4, 4), torch.float64, device)
+    logits = arguments.pop("logits").requires_grad_()
+    loss = fastunet.weighted_cross_entropy(logits, **arguments)
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="its gradient cannot be differentiated again"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_registration(reduction: str, device: torch.device) -> None:
     torch.use_deterministic_algorithms(False)
@@ -172,6 +295,10 @@ def test_registration(reduction: str, device: torch.device) -> None:
     assert torch.autograd.gradcheck(call, (logits,))
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(logits), call(logits))
+    for ours, plain in zip(
+        *(torch.autograd.grad(f(logits).sum(), logits) for f in (compiled, call)), strict=True
+    ):
+        torch.testing.assert_close(ours, plain)
 
 
 def test_autocast() -> None:
