@@ -1,5 +1,6 @@
 """weighted_cross_entropy against torch.nn.functional.cross_entropy and float64."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -103,6 +104,16 @@ def random_inputs(draw: st.DrawFn, dtypes: list[torch.dtype], most: int) -> dict
     }
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small problems are not worth the threads' waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @settings(max_examples=2000, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random(data: st.DataObject) -> None:

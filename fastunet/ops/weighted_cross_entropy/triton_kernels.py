@@ -91,9 +91,11 @@ def _statistics(
     for first in range(0, CLASSES, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         x = _load_logits(logits_ptr, k, p, inside, stride_k, PIXEL_STRIDE, CLASSES)
-        before = _finite(greatest)
+        before = greatest
         greatest = tl.maximum(greatest, tl.max(x, axis=0))
         now = _finite(greatest)
+        # before the first finite logit there is nothing to rescale
+        before = tl.where(before == float("-inf"), now, before)
         total = total * tl.exp(before - now) + tl.sum(tl.exp(x - now[None, :]), axis=0)
         at_target += tl.sum(tl.where(k[:, None] == target[None, :], x, 0.0), axis=0)
         if SMOOTHED:
