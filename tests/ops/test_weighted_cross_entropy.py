@@ -1,6 +1,9 @@
 """weighted_cross_entropy against torch.nn.functional.cross_entropy and float64."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,95 +16,45 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastunet
 from fastunet.ops import eager
+from fastunet.ops.weighted_cross_entropy.reference import (
+    weighted_cross_entropy_bwd_reference,
+    weighted_cross_entropy_reference,
+)
 
 from ..accuracy import assert_as_accurate
+from .cross_entropy import (
+    DTYPES,
+    REDUCTIONS,
+    as_exact,
+    by,
+    check,
+    in_float32,
+    inputs,
+    loss_and_gradient,
+    random_inputs,
+)
 
-REDUCTIONS = ["none", "sum", "mean", "weighted_mean"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def inputs(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, ignored: float = 0.1
-) -> dict[str, Any]:
-    b, k, *spatial = shape
-    target = torch.randint(k, (b, *spatial), device=device)
-    target[torch.rand(target.shape, device=device) < ignored] = -100
-    return {
-        "logits": (3 * torch.randn(shape, device=device)).to(dtype),
-        "target": target,
-        "pixel_weight": torch.rand(b, *spatial, device=device) * 10,
-        "class_weight": torch.rand(k, device=device) + 0.5,
-    }
-
-
-def as_exact(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in arguments.items()
-    }
-
-
-def loss_and_gradient(operator: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    logits = arguments["logits"].detach().clone().requires_grad_()
-    loss = operator(**{**arguments, "logits": logits})
-    (grad,) = torch.autograd.grad(loss, logits, torch.full_like(loss, 0.5))
-    return loss, grad
-
-
-def in_float32(**arguments: Any) -> Tensor:
-    """Eager as it is used with half types: float32 arithmetic, rounded once."""
-    dtype = arguments["logits"].dtype
-    loss = eager.weighted_cross_entropy(**{**arguments, "logits": arguments["logits"].float()})
-    return loss.to(dtype)
-
-
-def check(arguments: dict[str, Any], operator: Any = fastunet.weighted_cross_entropy) -> None:
-    got = loss_and_gradient(operator, arguments)
-    plain = loss_and_gradient(in_float32, arguments)
-    exact = loss_and_gradient(eager.weighted_cross_entropy, as_exact(arguments))
-    for a, b, c in zip(got, plain, exact, strict=True):
-        assert_as_accurate(a, b, c)
+# whoever serves the device, and the fallback of all devices
+SERVERS = {
+    "registered": fastunet.weighted_cross_entropy,
+    "reference": by(weighted_cross_entropy_reference, weighted_cross_entropy_bwd_reference),
+}
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 2, 68, 68), (2, 5, 7, 3), (3, 1, 2, 2), (2, 300, 4, 4)])
+@pytest.mark.parametrize("server", SERVERS)
 def test_forward_and_backward(
-    shape: tuple[int, ...], dtype: torch.dtype, reduction: str, device: torch.device
+    server: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    reduction: str,
+    device: torch.device,
 ) -> None:
-    check(inputs(shape, dtype, device) | {"reduction": reduction, "label_smoothing": 0.1})
-
-
-LAYOUTS = {
-    "contiguous": lambda t: t,
-    "channels_last": lambda t: t.to(memory_format=torch.channels_last),
-    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-    "classes of more": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
-    "sliced": lambda t: F.pad(t, (1, 2, 3, 0))[..., 3:, 1:-2],
-}
-
-
-def random_inputs(draw: st.DrawFn, dtypes: list[torch.dtype], most: int) -> dict[str, Any]:
-    """Arguments of weighted_cross_entropy, with enough pixels that eager's error is not luck."""
-    torch.manual_seed(draw(st.integers(0, 2**31)))
-    shape = draw(st.tuples(*(st.integers(1, n) for n in (3, 9)), *[st.integers(5, most)] * 2))
-    dtype = draw(st.sampled_from(dtypes))
-    arguments = inputs(shape, dtype, "cpu", ignored=draw(st.sampled_from([0.0, 0.1, 0.5])))
-    spread = draw(st.sampled_from([0.0, 1.0, 10.0, 1e3]))
-    logits = (arguments["logits"].double() * spread).to(dtype)
-    arguments["logits"] = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](logits)
-    # "mean" of nothing is undefined
-    arguments["target"][:, 0, 0] = 0
-    arguments |= dict.fromkeys(draw(st.sets(st.sampled_from(["pixel_weight", "class_weight"]))))
-    ignore_index = draw(st.sampled_from([-100, 255, shape[1]]))
-    arguments["target"][arguments["target"] == -100] = ignore_index
-    types = [torch.int64, torch.int32] + [torch.uint8] * (ignore_index >= 0)
-    arguments["target"] = arguments["target"].to(draw(st.sampled_from(types)))
-    return arguments | {
-        "ignore_index": ignore_index,
-        "label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])),
-        "reduction": draw(st.sampled_from(REDUCTIONS)),
-    }
+    arguments = inputs(shape, dtype, device) | {"reduction": reduction}
+    for smoothing in (0.0, 0.1):
+        check(arguments | {"label_smoothing": smoothing}, SERVERS[server])
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +70,14 @@ def one_thread() -> Iterator[None]:
 @settings(max_examples=2000, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random(data: st.DataObject) -> None:
-    check(random_inputs(data.draw, [*DTYPES, torch.float64], 20))
+    check(random_inputs(data, DTYPES, 20))
+
+
+@pytest.mark.usefixtures("one_thread")
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_random_reference(data: st.DataObject) -> None:
+    check(random_inputs(data, DTYPES, 20), SERVERS["reference"])
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -144,31 +104,32 @@ def test_target_types(target_type: torch.dtype, device: torch.device) -> None:
     assert torch.equal(fastunet.weighted_cross_entropy(**arguments), want)
 
 
-def test_extreme_logits(device: torch.device) -> None:
-    logits = torch.tensor([[1e4, -1e4], [-1e4, 1e4], [-torch.inf, 0.0]], device=device)
-    logits = logits.T.reshape(1, 3, 1, 2)[:, [0, 1, 2]].clone().requires_grad_()
-    target = torch.tensor([[[0, 0]]], device=device)
-    loss = fastunet.weighted_cross_entropy(logits, target, reduction="none")
-    want = F.cross_entropy(logits, target, reduction="none")
-    assert torch.equal(loss, want)
-    (grad,) = torch.autograd.grad(loss.sum(), logits)
-    assert torch.isfinite(grad).all()
-    bad = torch.full((1, 2, 1, 1), torch.nan, device=device)
-    assert fastunet.weighted_cross_entropy(bad, target[:, :, :1]).isnan()
+def test_takes_no_more_memory_than_the_gradient(tmp_path: Path) -> None:
+    arguments = inputs((2, 5, 200, 200), torch.float32, "cpu")
+    logits = arguments.pop("logits").requires_grad_()
+
+    def run() -> None:
+        loss = fastunet.weighted_cross_entropy(logits, **arguments)
+        torch.autograd.grad(loss, logits)
+
+    assert peak_bytes(run, tmp_path / "ours.json") <= logits.nbytes + 1024
+    # the measure sees what eager keeps
+    arguments["target"].clamp_(0)
+    eagerly = partial(eager.weighted_cross_entropy, logits, **arguments)
+    assert peak_bytes(eagerly, tmp_path / "eager.json") > logits.nbytes
 
 
-def test_nothing_counts(device: torch.device) -> None:
-    logits = torch.randn(1, 2, 2, 2, device=device, requires_grad=True)
-    target = torch.full((1, 2, 2), -100, device=device)
-    assert fastunet.weighted_cross_entropy(logits, target).isnan()
-    loss = fastunet.weighted_cross_entropy(logits, target, reduction="sum")
-    assert loss == 0
-    assert not torch.autograd.grad(loss, logits)[0].any()
-
-
-def test_target_out_of_range() -> None:
-    with pytest.raises(IndexError, match="out of bounds"):
-        fastunet.weighted_cross_entropy(torch.zeros(1, 2, 1, 1), torch.tensor([[[2]]]))
+def peak_bytes(call: Callable[[], Any], trace: Path) -> int:
+    """The most that the CPU's tensors took at once in ``call``, above what was there before."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        before = torch.empty(1)
+        call()
+    profile.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    totals = [e["args"]["Total Allocated"] for e in sorted(events, key=lambda e: e["ts"])]
+    return max(totals) - totals[0] + before.nbytes
 
 
 def test_strides(device: torch.device) -> None:
@@ -310,6 +271,25 @@ def test_registration(reduction: str, device: torch.device) -> None:
         *(torch.autograd.grad(f(logits).sum(), logits) for f in (compiled, call)), strict=True
     ):
         torch.testing.assert_close(ours, plain)
+
+
+def test_transforms(device: torch.device) -> None:
+    """vmap runs the operator once an item; torch.func.grad is refused."""
+    arguments = [torch.stack([t] * 3) for t in inputs((1, 3, 5, 4), torch.float32, device).values()]
+
+    def call(logits: Tensor, target: Tensor, *weights: Tensor) -> Tensor:
+        return fastunet.weighted_cross_entropy(logits, target, weights[0], class_weight=weights[1])
+
+    want = torch.stack([call(*item) for item in zip(*arguments, strict=True)])
+    assert torch.equal(torch.vmap(call)(*arguments), want)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(call)(*(t[0] for t in arguments))
+    logits = arguments[0][0].requires_grad_()
+    loss = call(logits, *(t[0] for t in arguments[1:]))
+    one, two = torch.autograd.grad(
+        loss, logits, torch.tensor([1.0, 2.0], device=device), is_grads_batched=True
+    )[0]
+    torch.testing.assert_close(two, 2 * one)
 
 
 def test_autocast() -> None:

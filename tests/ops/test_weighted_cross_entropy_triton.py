@@ -17,12 +17,13 @@ from torch import Tensor
 import fastunet
 from fastunet.ops.weighted_cross_entropy import reference
 
-from .test_weighted_cross_entropy import LAYOUTS, REDUCTIONS, check, inputs, random_inputs
+from .cross_entropy import LAYOUTS, REDUCTIONS, by, check, inputs, random_inputs
 
-pytest.importorskip("triton", reason="Triton is not installed")
-
-from fastunet.ops.weighted_cross_entropy import triton_kernels
-
+triton_kernels = pytest.importorskip(
+    "fastunet.ops.weighted_cross_entropy.triton_kernels", reason="Triton is not installed"
+)
+# the interpreter's NumPy says so where infinities are subtracted
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 # the interpreter computes bfloat16 wrongly
 HALVES = [torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torch.float16]
 SAMPLES = """
@@ -38,37 +39,9 @@ torch.save(samples, sys.argv[1])
 """
 
 
-class _ByKernels(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, module: Any, reduction: str, *arguments: Any) -> Tensor:
-        loss, divisor, _ = module.weighted_cross_entropy_triton(*arguments, reduction, False)
-        ctx.module, ctx.arguments = module, (divisor, *arguments)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        grad = ctx.module.weighted_cross_entropy_bwd_triton(*grads, *ctx.arguments)
-        return (None, None, grad, *(None,) * 5)
-
-
 def by_kernels(module: ModuleType = triton_kernels) -> Callable[..., Tensor]:
     """weighted_cross_entropy by the kernels of ``module``, whatever the device."""
-
-    def operator(
-        logits: Tensor,
-        target: Tensor,
-        pixel_weight: Tensor | None = None,
-        class_weight: Tensor | None = None,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-    ) -> Tensor:
-        return _ByKernels.apply(
-            module, reduction, logits, target, pixel_weight, class_weight, ignore_index,
-            label_smoothing,
-        )  # fmt: skip
-
-    return operator
+    return by(module.weighted_cross_entropy_triton, module.weighted_cross_entropy_bwd_triton)
 
 
 def on(device: torch.device, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -77,11 +50,11 @@ def on(device: torch.device, arguments: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("classes", [1, 2, 3, 5, 16, 64])
-@pytest.mark.parametrize("size", [(36, 36), (5, 7), (1, 1025)])
+@pytest.mark.parametrize("size", [(36, 36), (5, 7)])
 def test_forward_and_backward(
     size: tuple[int, int], classes: int, dtype: torch.dtype, kernel_device: torch.device
 ) -> None:
-    """Figure 1's output cut small, odd, and one pixel more than programs have."""
+    """Figure 1's output cut small, and odd sizes."""
     arguments = inputs((2, classes, *size), dtype, kernel_device)
     check(arguments | {"reduction": "weighted_mean", "label_smoothing": 0.1}, by_kernels())
     plain = arguments | {"pixel_weight": None, "class_weight": None}
@@ -96,7 +69,7 @@ def test_forward_and_backward(
 )
 @given(data=st.data())
 def test_random(data: st.DataObject, kernel_device: torch.device) -> None:
-    arguments = random_inputs(data.draw, [torch.float32, *HALVES], 9)
+    arguments = random_inputs(data, [torch.float32, *HALVES], 9)
     check(on(kernel_device, arguments), by_kernels())
 
 
@@ -143,7 +116,7 @@ def test_nothing_counts(kernel_device: torch.device) -> None:
 def test_sum_of_many_blocks(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """More partial sums than are added at once, and the same bits every time."""
     monkeypatch.setattr(triton_kernels, "_TOTAL_BLOCK", 4)
-    arguments = inputs((7, 2, 33, 31), torch.float32, kernel_device)
+    arguments = inputs((7, 2, 1, 1025), torch.float32, kernel_device)
     check(arguments, by_kernels())
     first, second = (by_kernels()(**arguments) for _ in range(2))
     assert torch.equal(first, second)

@@ -80,10 +80,12 @@ def _weighted_cross_entropy_backward(
 
 def _is_plain_one(grad_loss: Tensor) -> bool:
     """Whether the loss was differentiated as it is, and nothing watches: no transform, no trace."""
+    functorch = torch._C._functorch
     return (
         type(grad_loss) is Tensor
         and not torch.is_grad_enabled()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(grad_loss)
+        and not functorch.is_functorch_wrapped_tensor(grad_loss)
+        and not functorch.is_legacy_batchedtensor(grad_loss)
         and grad_loss.item() == 1.0
     )
 
