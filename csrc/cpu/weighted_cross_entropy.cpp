@@ -120,16 +120,35 @@ FASTUNET_INLINE double counted(const CrossEntropy<Real>& problem, const Pixels<R
   return sum(share, pixels.count);
 }
 
+// channels_last of a few classes, whose number the compiler has to know to shuffle them in
+// registers
+template <int64_t classes, typename Stored, typename Real>
+FASTUNET_INLINE void read_interleaved(const Stored* from, int64_t count, Rows<Real> rows) {
+  FASTUNET_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t k = 0; k < classes; ++k) rows[k][i] = widened(from[i * classes + k]);
+  }
+}
+
+template <int64_t classes, typename Stored, typename Real>
+FASTUNET_INLINE void write_interleaved(Rows<Real> rows, int64_t count, Stored* to) {
+  FASTUNET_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t k = 0; k < classes; ++k) store(rows[k][i], to + i * classes + k);
+  }
+}
+
+FASTUNET_INLINE bool interleaves(const Layout& layout, int64_t classes) {
+  return layout.of_class == 1 && layout.pixel == classes;
+}
+
 template <typename Stored, typename Real>
 FASTUNET_INLINE void read_rows(const Stored* from, const Layout& layout, int64_t classes,
                                int64_t count, Rows<Real> rows) {
-  if (classes == 2 && layout.of_class == 1 && layout.pixel == 2) {
-    FASTUNET_INDEPENDENT
-    for (int64_t i = 0; i < count; ++i) {
-      rows[0][i] = widened(from[2 * i]);
-      rows[1][i] = widened(from[2 * i + 1]);
-    }
-    return;
+  if (interleaves(layout, classes)) {
+    if (classes == 2) return read_interleaved<2>(from, count, rows);
+    if (classes == 4) return read_interleaved<4>(from, count, rows);
+    if (classes == 8) return read_interleaved<8>(from, count, rows);
   }
   for (int64_t k = 0; k < classes; ++k) {
     const Stored* row = from + k * layout.of_class;
@@ -144,13 +163,10 @@ FASTUNET_INLINE void read_rows(const Stored* from, const Layout& layout, int64_t
 template <typename Stored, typename Real>
 FASTUNET_INLINE void write_rows(Rows<Real> rows, int64_t classes, int64_t count, Stored* to,
                                 const Layout& layout) {
-  if (classes == 2 && layout.of_class == 1 && layout.pixel == 2) {
-    FASTUNET_INDEPENDENT
-    for (int64_t i = 0; i < count; ++i) {
-      store(rows[0][i], to + 2 * i);
-      store(rows[1][i], to + 2 * i + 1);
-    }
-    return;
+  if (interleaves(layout, classes)) {
+    if (classes == 2) return write_interleaved<2>(rows, count, to);
+    if (classes == 4) return write_interleaved<4>(rows, count, to);
+    if (classes == 8) return write_interleaved<8>(rows, count, to);
   }
   for (int64_t k = 0; k < classes; ++k) {
     Stored* row = to + k * layout.of_class;
