@@ -1,5 +1,5 @@
-// What the operators check on every device. With ops.cpp and ops_cuda.cpp the only file that
-// includes torch's headers; fastunet/ops/<op>/op.py checks first and says it better.
+// What the operators check on every device. With the ops*.cpp the only file that includes torch's
+// headers; fastunet/ops/<op>/op.py checks first and says it better.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -147,8 +147,10 @@ FASTUNET_INLINE void read_rows(const Stored* from, const Layout& layout, int64_t
                                int64_t count, Rows<Real> rows) {
   if (interleaves(layout, classes)) {
     if (classes == 2) return read_interleaved<2>(from, count, rows);
+    if (classes == 3) return read_interleaved<3>(from, count, rows);
     if (classes == 4) return read_interleaved<4>(from, count, rows);
     if (classes == 8) return read_interleaved<8>(from, count, rows);
+    if (classes == 16) return read_interleaved<16>(from, count, rows);
   }
   for (int64_t k = 0; k < classes; ++k) {
     const Stored* row = from + k * layout.of_class;
@@ -165,8 +167,10 @@ FASTUNET_INLINE void write_rows(Rows<Real> rows, int64_t classes, int64_t count,
                                 const Layout& layout) {
   if (interleaves(layout, classes)) {
     if (classes == 2) return write_interleaved<2>(rows, count, to);
+    if (classes == 3) return write_interleaved<3>(rows, count, to);
     if (classes == 4) return write_interleaved<4>(rows, count, to);
     if (classes == 8) return write_interleaved<8>(rows, count, to);
+    if (classes == 16) return write_interleaved<16>(rows, count, to);
   }
   for (int64_t k = 0; k < classes; ++k) {
     Stored* row = to + k * layout.of_class;

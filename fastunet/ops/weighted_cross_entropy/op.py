@@ -133,7 +133,9 @@ def weighted_cross_entropy(
             PyTorch does; or "weighted_mean", divided by class weight times pixel weight.
     Returns: a scalar of ``logits``'s dtype, or [B, H, W] for "none".
     Raises: TypeError for wrong dtypes or weights that require gradients; ValueError for shapes,
-        devices or options that cannot work; on the CPU IndexError for a target out of range.
+        devices or options that cannot work; on the CPU IndexError for a target out of range, which
+        a GPU asserts, as PyTorch's does; RuntimeError from a second differentiation and from
+        ``torch.func.grad``. ``torch.vmap`` runs it once an item.
     Source: Ronneberger et al. 2015, equation 1.
     """
     _check(logits, target, pixel_weight, class_weight, label_smoothing, reduction)
