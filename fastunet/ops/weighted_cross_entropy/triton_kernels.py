@@ -20,9 +20,9 @@ from .reference import (
     weighted_cross_entropy_reference,
 )
 
-# so many classes stay in registers; more are looked at in steps
+# so many classes stay in registers; more are looked at in steps of so many logits a thread
 _MOST_CLASSES = 8
-_CLASSES_A_STEP = 4
+_LOGITS_A_STEP = 16
 _WARPS = 4
 # of logits, a thread loads
 _VECTOR_BYTES = 16
@@ -315,7 +315,8 @@ def _launch(rows: _Rows, target: Tensor, label_smoothing: float) -> tuple[int, d
     """How many programs, and what both kernels are told."""
     images, classes = rows.tensor.shape[:2]
     pixels = target.numel() // images
-    block_p = _WARPS * 32 * _VECTOR_BYTES // rows.tensor.element_size()
+    vector = _VECTOR_BYTES // rows.tensor.element_size()
+    block_p = _WARPS * 32 * vector
     blocks = triton.cdiv(pixels, block_p)
     in_registers = classes <= _MOST_CLASSES
     options = {
@@ -324,7 +325,7 @@ def _launch(rows: _Rows, target: Tensor, label_smoothing: float) -> tuple[int, d
         "label_smoothing": label_smoothing,
         "CLASSES": classes,
         "SMOOTHED": label_smoothing > 0,
-        "BLOCK_K": triton.next_power_of_2(classes) if in_registers else _CLASSES_A_STEP,
+        "BLOCK_K": triton.next_power_of_2(classes) if in_registers else _LOGITS_A_STEP // vector,
         "BLOCK_P": block_p,
         "num_warps": _WARPS,
         # device_assert, and not the checks of every sum that come with it
