@@ -186,6 +186,18 @@ def test_backward_again(device: torch.device) -> None:
         assert torch.equal(torch.autograd.grad(loss, logits)[0], second)
 
 
+@pytest.mark.parametrize("server", SERVERS)
+def test_expanded_gradient(server: str, device: torch.device) -> None:
+    """The sum of "none" sends back one number, expanded."""
+    arguments = inputs((2, 3, 8, 7), torch.float32, device)
+    logits = arguments.pop("logits").requires_grad_()
+    grads = [
+        torch.autograd.grad(SERVERS[server](logits, **arguments, reduction=reduction).sum(), logits)
+        for reduction in ("none", "sum")
+    ]
+    torch.testing.assert_close(*grads)
+
+
 def test_loss_scaling_does_not_underflow(device: torch.device) -> None:
     """A gradient below float16's least number, until it is multiplied by the loss scale."""
     arguments = inputs((1, 2, 300, 300), torch.float16, device)

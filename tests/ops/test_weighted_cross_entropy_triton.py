@@ -61,6 +61,17 @@ def test_forward_and_backward(
     check(plain | {"reduction": "none"}, by_kernels())
 
 
+def test_expanded_gradient(kernel_device: torch.device) -> None:
+    """The sum of "none" sends back one number, expanded."""
+    arguments = inputs((2, 3, 8, 7), torch.float32, kernel_device)
+    logits = arguments.pop("logits").requires_grad_()
+    grads = [
+        torch.autograd.grad(by_kernels()(logits, **arguments, reduction=reduction).sum(), logits)
+        for reduction in ("none", "sum")
+    ]
+    torch.testing.assert_close(*grads)
+
+
 @settings(
     max_examples=100,
     deadline=None,

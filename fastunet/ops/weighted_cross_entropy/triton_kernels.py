@@ -267,13 +267,15 @@ def weighted_cross_entropy_bwd_triton(
     grad_rows = _as_rows(grad_logits)
     programs, options = _launch(rows, target, label_smoothing)
     weights = (_contiguous(pixel_weight), _contiguous(class_weight))
+    # a number, expanded or not
+    is_one = not any(grad_loss.stride())
     with torch.cuda.device_of(logits):
         _weighted_cross_entropy_bwd_kernel[(programs,)](
-            grad_loss.contiguous(), divisor, rows.tensor, target, *weights, grad_rows.tensor,
+            grad_loss if is_one else grad_loss.contiguous(), divisor, rows.tensor, target, *weights, grad_rows.tensor,
             stride_b=rows.stride_b, stride_k=rows.stride_k,
             grad_stride_b=grad_rows.stride_b, grad_stride_k=grad_rows.stride_k,
             ignore_index=ignore_index, PIXEL_STRIDE=rows.pixel_stride,
-            GRAD_PIXEL_STRIDE=grad_rows.pixel_stride, REDUCED=grad_loss.ndim == 0, **options,
+            GRAD_PIXEL_STRIDE=grad_rows.pixel_stride, REDUCED=is_one, **options,
         )  # fmt: skip
     if grad_rows.tensor is not grad_logits:
         grad_logits.copy_(grad_rows.tensor)
