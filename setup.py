@@ -18,7 +18,7 @@ from typing import Any
 
 from setuptools import setup
 
-SOURCES = ["csrc/ops.cpp", "csrc/ops_crop_concat.cpp"]
+SOURCES = ["csrc/ops.cpp", "csrc/ops_crop_concat.cpp", "csrc/ops_weighted_cross_entropy.cpp"]
 FLAGS = [
     "-O3",
     "-g0",

@@ -103,7 +103,8 @@ def bind(
 ) -> Call:
     """A call of ``function(**inputs)``, with the gradients of ``leaves`` after its outputs.
 
-    The gradients that come in are random, the same for each contender.
+    The gradient that comes in is 1 for a scalar, as a loss has it, and random otherwise, the same
+    for each contender.
     """
     arguments = {
         name: _laid_out(tensor, layout).requires_grad_(name in leaves)
@@ -116,6 +117,8 @@ def bind(
     # of values that every dtype holds, so that float64 sees the same
     incoming = [
         _laid_out(noise(output.shape, output.device, torch.bfloat16, seed=seed), layout).to(output)
+        if output.ndim
+        else torch.ones_like(output)
         for seed, output in enumerate(outputs)
     ]
     wanted = [arguments[name] for name in leaves]

@@ -7,17 +7,17 @@ from fastunet import ops
 from ..cases import Case, Inputs, Setting, exactly, noise, rivals
 from ..figure import PAPER_SIZE, arrows
 
-CLASSES = (2, 8)
+CLASSES = (2, 8, 16)
 
 
 def cases(setting: Setting) -> list[Case]:
-    """Two and eight classes, forward alone and with the gradient of the logits."""
+    """Figure 1's two classes and more, forward alone and with the gradient of the logits."""
     *_, head = arrows(setting.network_size(quick=PAPER_SIZE, full=PAPER_SIZE))
     return [
         _case(classes, head.size, dtype, backward, setting)
         for dtype in setting.dtypes
         for backward in (False, True)
-        for classes in CLASSES
+        for classes in (CLASSES[:2] if setting.quick else CLASSES)
     ]
 
 

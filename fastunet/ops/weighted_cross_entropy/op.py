@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .._check import bad_type, bad_value, check_floating, check_shape, check_tensor, describe
-from .._library import LIBRARY, float32, register_autocast
+from .._library import LIBRARY, float32, register_autocast, register_triton
 from .reference import (
     REDUCTIONS,
+    stores_gradient,
     weighted_cross_entropy_bwd_reference,
     weighted_cross_entropy_reference,
 )
@@ -19,7 +20,8 @@ _ARGUMENTS = (
 )
 
 LIBRARY.define(
-    f"weighted_cross_entropy({_ARGUMENTS}, str reduction) -> (Tensor loss, Tensor divisor)"
+    f"weighted_cross_entropy({_ARGUMENTS}, str reduction, bool with_gradient) "
+    "-> (Tensor loss, Tensor divisor, Tensor gradient)"
 )
 LIBRARY.define(
     f"weighted_cross_entropy_bwd(Tensor grad_loss, Tensor divisor, {_ARGUMENTS}) -> Tensor"
@@ -29,23 +31,67 @@ for _name, _reference in (
     ("weighted_cross_entropy_bwd", weighted_cross_entropy_bwd_reference),
 ):
     LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastunet::{_name}", _reference, lib=LIBRARY)
+    register_triton(_name, "fastunet.ops.weighted_cross_entropy.triton_kernels")
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.ignore_index, ctx.label_smoothing, _ = inputs
-    divisor = output[1]
-    ctx.mark_non_differentiable(divisor)
-    ctx.save_for_backward(divisor, *tensors)
+@torch.library.register_fake("fastunet::weighted_cross_entropy", lib=LIBRARY)
+def _fake(
+    logits: Tensor,
+    target: Tensor,
+    pixel_weight: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = logits.new_empty(target.shape if reduction == "none" else ())
+    divisor = logits.new_empty((), dtype=torch.promote_types(logits.dtype, torch.float32))
+    stored = stores_gradient(logits, reduction, with_gradient)
+    return loss, divisor, torch.empty_like(logits) if stored else logits.new_empty(0)
+
+
+@torch.library.register_fake("fastunet::weighted_cross_entropy_bwd", lib=LIBRARY)
+def _bwd_fake(grad_loss: Tensor, divisor: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.ignore_index, ctx.label_smoothing, _, _ = inputs
+    _, divisor, gradient = output
+    ctx.mark_non_differentiable(divisor, gradient)
+    # or zeros of their size would come in
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(divisor, gradient, *tensors)
 
 
 def _weighted_cross_entropy_backward(
-    ctx: Any, grad_loss: Tensor, _: Tensor | None
+    ctx: Any, grad_loss: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    grad_logits = torch.ops.fastunet.weighted_cross_entropy_bwd(
-        grad_loss, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing
+    if grad_loss is None:
+        return (None,) * 8
+    divisor, gradient, *inputs = ctx.saved_tensors
+    if not (gradient.numel() and _is_plain_one(grad_loss)):
+        gradient = torch.ops.fastunet.weighted_cross_entropy_bwd(
+            grad_loss, divisor, *inputs, ctx.ignore_index, ctx.label_smoothing
+        )
+    return (gradient, *(None,) * 7)
+
+
+def _is_plain_one(grad_loss: Tensor) -> bool:
+    """Whether the loss was differentiated as it is, and nothing watches: no transform, no trace."""
+    functorch = torch._C._functorch
+    return (
+        type(grad_loss) is Tensor
+        and not torch.is_grad_enabled()
+        and not functorch.is_functorch_wrapped_tensor(grad_loss)
+        and not functorch.is_legacy_batchedtensor(grad_loss)
+        and grad_loss.item() == 1.0
     )
-    return (grad_logits, *(None,) * 6)
+
+
+def _differentiated_twice(ctx: Any, grad: Tensor) -> Any:
+    raise RuntimeError("weighted_cross_entropy: its gradient cannot be differentiated again")
 
 
 torch.library.register_autograd(
@@ -53,6 +99,9 @@ torch.library.register_autograd(
     _weighted_cross_entropy_backward,
     setup_context=_save,
     lib=LIBRARY,
+)
+torch.library.register_autograd(
+    "fastunet::weighted_cross_entropy_bwd", _differentiated_twice, lib=LIBRARY
 )
 register_autocast("weighted_cross_entropy", float32)
 
@@ -84,14 +133,29 @@ def weighted_cross_entropy(
             PyTorch does; or "weighted_mean", divided by class weight times pixel weight.
     Returns: a scalar of ``logits``'s dtype, or [B, H, W] for "none".
     Raises: TypeError for wrong dtypes or weights that require gradients; ValueError for shapes,
-        devices or options that cannot work; on the CPU IndexError for a target out of range.
+        devices or options that cannot work; on the CPU IndexError for a target out of range, which
+        a GPU asserts, as PyTorch's does; RuntimeError from a second differentiation and from
+        ``torch.func.grad``. ``torch.vmap`` runs it once an item.
     Source: Ronneberger et al. 2015, equation 1.
     """
     _check(logits, target, pixel_weight, class_weight, label_smoothing, reduction)
-    loss, _ = torch.ops.fastunet.weighted_cross_entropy(
-        logits, target, pixel_weight, class_weight, ignore_index, float(label_smoothing), reduction
+    # one pass instead of two, where the host can see in backward that no other factor came in
+    with_gradient = (
+        not torch.compiler.is_compiling()
+        and logits.device.type == "cpu"
+        and logits.requires_grad
+        and torch.is_grad_enabled()
     )
-    return loss
+    return torch.ops.fastunet.weighted_cross_entropy(
+        logits,
+        target,
+        pixel_weight,
+        class_weight,
+        ignore_index,
+        float(label_smoothing),
+        reduction,
+        with_gradient,
+    )[0]
 
 
 def _check(

@@ -28,8 +28,13 @@ def weighted_cross_entropy_reference(
     ignore_index: int,
     label_smoothing: float,
     reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """The loss, [B, ...] for "none" and otherwise a scalar, and what its sum was divided by."""
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, [B, ...] for "none" and otherwise a scalar, and what backward needs of it.
+
+    Returns: the loss; what its sum was divided by; the gradient of the logits for an incoming
+        gradient of 1 if that was asked for and ``stores_gradient``, else [0].
+    """
     exact = _widened(logits)
     # without pixel weights the sum needs no loss a pixel
     summed = pixel_weight is None and reduction != "none"
@@ -54,7 +59,26 @@ def weighted_cross_entropy_reference(
             share = share * pixel_weight
         divisor = share.sum()
         loss = loss / divisor
-    return loss.to(logits.dtype), divisor
+    if stores_gradient(logits, reduction, with_gradient):
+        gradient = weighted_cross_entropy_bwd_reference(
+            exact.new_ones(()),
+            divisor,
+            logits,
+            target,
+            pixel_weight,
+            class_weight,
+            ignore_index,
+            label_smoothing,
+        )
+    else:
+        gradient = logits.new_empty(0)
+    return loss.to(logits.dtype), divisor, gradient
+
+
+def stores_gradient(logits: Tensor, reduction: str, with_gradient: bool) -> bool:
+    """Whether forward gives the gradient too: one of float16 could underflow until it is scaled."""
+    wide = logits.dtype in (torch.float32, torch.float64)
+    return with_gradient and wide and reduction != "none"
 
 
 def weighted_cross_entropy_bwd_reference(
@@ -89,7 +113,7 @@ def weighted_cross_entropy_bwd_reference(
     target_grad = grad.gather(1, index) - (at_target * scale).unsqueeze(1)
     if label_smoothing > 0:
         grad -= smooth.view(-1, *(1,) * (logits.ndim - 2)) * scale.unsqueeze(1)
-    return grad.scatter_(1, index, target_grad).to(logits.dtype)
+    return torch.empty_like(logits).copy_(grad.scatter_(1, index, target_grad))
 
 
 def _widened(logits: Tensor) -> Tensor:
