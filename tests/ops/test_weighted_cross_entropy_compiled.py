@@ -1,7 +1,6 @@
 """weighted_cross_entropy's kernels, compiled for GPUs that are not there."""
 
 import importlib.util
-from functools import cache
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ pytestmark = [
 ]
 
 
-@cache
 def kernels(capability: int) -> list[aot.Compiled]:
     return aot.compiled("tests.ops.launches_weighted_cross_entropy")[capability]
 
