@@ -18,7 +18,11 @@ from typing import Any
 
 from setuptools import setup
 
-SOURCES = ["csrc/ops.cpp", "csrc/ops_crop_concat.cpp", "csrc/ops_weighted_cross_entropy.cpp"]
+SOURCES = [
+    str(path)
+    for path in sorted([*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")])
+    if path.name != "ops_cuda.cpp"
+]
 FLAGS = [
     "-O3",
     "-g0",
@@ -147,7 +151,7 @@ def native() -> dict[str, Any]:
 
     extension = CppExtension(
         "fastunet._C",
-        [*SOURCES, *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))],
+        SOURCES,
         depends=[str(path) for path in sorted(Path("csrc").rglob("*")) if path.is_file()],
         extra_compile_args={"cxx": FLAGS},
         py_limited_api=True,

@@ -10,7 +10,6 @@
 #include <optional>
 #include <tuple>
 
-#include "cpu/conv_relu.h"
 #include "cpu/separate_touching.h"
 #include "cpu/weight_map.h"
 
@@ -19,21 +18,13 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// pixels that are worth a thread
-constexpr int64_t kGrain = 1 << 14;
-
-// tasks that are worth a thread, if each has so many pixels
-int64_t grain(int64_t pixels) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, pixels));
-}
-
 Tensor as_int32(const Tensor& labels) {
   if (labels.scalar_type() == ScalarType::Int) return labels;
   const Tensor narrow = new_empty(labels, labels.sizes(), ScalarType::Int);
   const int64_t* from = labels.const_data_ptr<int64_t>();
   int32_t* to = narrow.mutable_data_ptr<int32_t>();
   std::atomic<bool> fits{true};
-  parallel_for(0, labels.numel(), kGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, labels.numel(), kGrainPixels, [&](int64_t begin, int64_t end) {
     if (!cpu::narrow_ids(from, to, begin, end)) fits = false;
   });
   if (!fits) cpu::renumber_ids(from, to, labels.numel());
@@ -49,7 +40,7 @@ ClassWeight given_class_weight(const Tensor& given) {
 
 int64_t count_cells(const int32_t* labels, int64_t size) {
   std::atomic<int64_t> cells{0};
-  parallel_for(0, size, kGrain,
+  parallel_for(0, size, kGrainPixels,
                [&](int64_t begin, int64_t end) { cells += cpu::count_cells(labels, begin, end); });
   return cells;
 }
@@ -133,7 +124,7 @@ void separate(const Tensor& labels, int64_t width, const Tensor& carved) {
   };
   join_axis(height, length);
   join_axis(depth, height * length);
-  parallel_for(0, labels.numel(), kGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, labels.numel(), kGrainPixels, [&](int64_t begin, int64_t end) {
     cpu::carve(ids, windows.const_data_ptr<Id>(), carved.mutable_data_ptr<Id>(), begin, end);
   });
 }
@@ -151,90 +142,12 @@ Tensor separate_touching_cpu(const Tensor& any_labels, int64_t width) {
   return carved;
 }
 
-cpu::Images images_of(const Tensor& y) {
-  STD_TORCH_CHECK(y.dim() == 4 && y.is_contiguous(),
-                  "relu_pool: y must be [B, H, W, C] contiguous");
-  return {y.size(1), y.size(2), y.size(3)};
-}
-
-// Calls run(Float()) for the dtype of y.
-template <typename Run>
-void for_dtype(const Tensor& y, const Run& run) {
-  const ScalarType dtype = y.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
-                  "relu_pool: y must be float32 or bfloat16");
-  if (dtype == ScalarType::Float) {
-    run(cpu::Float32());
-  } else {
-    run(cpu::BFloat16());
-  }
-}
-
-template <typename Float>
-typename Float::Bits* bits(const Tensor& tensor) {
-  return tensor.numel() == 0 ? nullptr
-                             : static_cast<typename Float::Bits*>(tensor.mutable_data_ptr());
-}
-
-template <typename Float>
-const typename Float::Bits* const_bits(const Tensor& tensor) {
-  return static_cast<const typename Float::Bits*>(tensor.const_data_ptr());
-}
-
-Tensor relu_pool_cpu(const Tensor& y, bool pool) {
-  const cpu::Images images = images_of(y);
-  const Tensor pooled =
-      pool ? new_empty(y, {y.size(0), images.height / 2, images.width / 2, images.channels})
-           : new_empty(y, {0});
-  if (y.numel() == 0) return pooled;
-  for_dtype(y, [&](auto dtype) {
-    using Float = decltype(dtype);
-    auto* const into = bits<Float>(pooled);
-    parallel_for(0, y.size(0) * images.row_pairs(), grain(2 * images.row()),
-                 [&](int64_t begin, int64_t end) {
-                   cpu::relu_pool<Float>(bits<Float>(y), into, images, begin, end);
-                 });
-  });
-  return pooled;
-}
-
-Tensor relu_pool_bwd_cpu(const Tensor& any_grad_y, const std::optional<Tensor>& any_grad_pooled,
-                         const Tensor& y) {
-  const cpu::Images images = images_of(y);
-  const Tensor grad_y = contiguous(any_grad_y);
-  const Tensor grad_pooled =
-      any_grad_pooled.has_value() ? contiguous(*any_grad_pooled) : new_empty(y, {0});
-  for (const Tensor& grad : {grad_y, grad_pooled}) {
-    STD_TORCH_CHECK(grad.scalar_type() == y.scalar_type(), "relu_pool_bwd: dtypes differ");
-  }
-  const int64_t blocks = y.size(0) * (images.height / 2) * (images.width / 2) * images.channels;
-  STD_TORCH_CHECK(grad_y.numel() == y.numel() &&
-                      (!any_grad_pooled.has_value() || grad_pooled.numel() == blocks),
-                  "relu_pool_bwd: shapes differ");
-  const Tensor grad = new_empty(y, y.sizes());
-  if (y.numel() == 0) return grad;
-  for_dtype(y, [&](auto dtype) {
-    using Float = decltype(dtype);
-    const auto* const pooled =
-        blocks > 0 && any_grad_pooled.has_value() ? const_bits<Float>(grad_pooled) : nullptr;
-    parallel_for(0, y.size(0) * images.row_pairs(), grain(2 * images.row()),
-                 [&](int64_t begin, int64_t end) {
-                   cpu::relu_pool_bwd<Float>(const_bits<Float>(grad_y), pooled,
-                                             const_bits<Float>(y), bits<Float>(grad), images, begin,
-                                             end);
-                 });
-  });
-  return grad;
-}
-
 }  // namespace
 }  // namespace fastunet
 
 STABLE_TORCH_LIBRARY_IMPL(fastunet, CPU, m) {
   m.impl("weight_map", TORCH_BOX(&fastunet::weight_map_cpu));
   m.impl("separate_touching", TORCH_BOX(&fastunet::separate_touching_cpu));
-  m.impl("relu_pool_", TORCH_BOX(&fastunet::relu_pool_cpu));
-  m.impl("relu_pool_bwd", TORCH_BOX(&fastunet::relu_pool_bwd_cpu));
 }
 
 // importing the module runs the registrations; it holds nothing itself

@@ -6,10 +6,20 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+
 namespace fastunet {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// pixels that are worth a thread
+constexpr int64_t kGrainPixels = 1 << 14;
+
+// tasks that are worth a thread, if each has so many pixels
+inline int64_t grain(int64_t pixels) {
+  return std::max<int64_t>(1, kGrainPixels / std::max<int64_t>(1, pixels));
+}
 
 // steps along an axis are counted in float32
 constexpr int64_t kLongestAxis = 1 << 24;
