@@ -223,7 +223,9 @@ def _show(rows: list[record.Row], console: Console) -> None:
         for row in of_case:
             _, contender, backend, *cells = (cell.replace(" to ", "-") for cell in row.cells())
             if row.contender == OURS:
-                contender = f"{contender} ({backend})"
+                # of several operators each is named; here is room for who they are
+                served = sorted({part.rpartition(" ")[2] for part in backend.split(", ")})
+                contender = f"{contender} ({', '.join(served)})"
             table.add_row(*(f"{cell} " for cell in (contender, *cells)))
         console.print(table)
     for note in record.notes(rows):
