@@ -62,6 +62,9 @@ def register_triton(name: str, module: str) -> None:
         return
 
     def launch(*args: object) -> object:
-        return getattr(import_module(module), f"{name}_triton")(*args)
+        # Triton launches on the current device
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        with torch.cuda.device(device):
+            return getattr(import_module(module), f"{name}_triton")(*args)
 
     LIBRARY.impl(name, launch, "CUDA")

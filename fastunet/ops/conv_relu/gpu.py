@@ -15,6 +15,7 @@ from .reference import (
     conv_relu_pool_reference,
     conv_relu_reference,
     convolution_gradients,
+    is_channels_last,
     laid_out_like,
 )
 from .tiles import Problem, Tile
@@ -30,8 +31,7 @@ def unsupported(x: Tensor, weight: Tensor, skip: Tensor | None) -> str | None:
         return "float32 without TF32 is the library's"
     if min(x.numel(), weight.numel()) == 0 or (skip is not None and skip.numel() == 0):
         return "there are no pixels or channels"
-    images = [x, weight] if skip is None else [x, weight, skip]
-    if not any(t.is_contiguous(memory_format=torch.channels_last) for t in images):
+    if not is_channels_last(x, weight, skip):
         return "the images are not in channels_last"
     return None
 

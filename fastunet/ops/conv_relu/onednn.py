@@ -17,6 +17,7 @@ from .reference import (
     conv_relu_pool_reference,
     conv_relu_reference,
     convolution_gradients,
+    is_channels_last,
     laid_out_like,
 )
 
@@ -34,8 +35,7 @@ def unsupported(x: Tensor, weight: Tensor, skip: Tensor | None) -> str | None:
         return "this processor has no fast bfloat16"
     if min(x.numel(), weight.numel()) == 0 or (skip is not None and skip.numel() == 0):
         return "there are no pixels or channels"
-    channels_last = [_is_channels_last(t) for t in (x, weight, skip) if t is not None]
-    if weight.shape[1] > 1 and not any(channels_last):
+    if not is_channels_last(x, weight, skip):
         return "the images are not in channels_last"
     return None
 
@@ -95,15 +95,6 @@ def conv_relu_bwd_onednn(
     if need_skip:
         grad_skip = torch.ops.fastunet.crop_concat_bwd(grad_skip, skip)
     return grad_x, grad_weight, grad_bias, grad_skip
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    # one channel or one pixel is in every order
-    return (
-        tensor.is_contiguous(memory_format=torch.channels_last)
-        and tensor.stride(1) == 1
-        and not tensor.is_contiguous()
-    )
 
 
 def _convolve(

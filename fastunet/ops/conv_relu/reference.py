@@ -22,13 +22,30 @@ def conv_relu_reference(
 ) -> Tensor:
     """The convolution, bias and ReLU; [B, C_out, H', W'] with H' = H - 2 + 2 padding.
 
-    In channels_last if x or weight are, as conv2d has it, and where x has one channel, which could
-    be either: a grey image leads the whole network onto the fast path. The ``flags`` are those of
-    the gradient.
+    The ``flags`` are those of the gradient.
     """
     source = x if skip is None else crop_concat_reference(skip, x)
     y = F.conv2d(source, weight, bias, padding=padding).relu_()
     return y.contiguous(memory_format=torch.channels_last) if source.shape[1] == 1 else y
+
+
+def is_channels_last(x: Tensor, weight: Tensor, skip: Tensor | None) -> bool:
+    """Whether the result is in channels_last, the layout of the fast paths.
+
+    It is if the images or the weights are, as conv2d has it, and where the image has one channel,
+    which could be either: a grey image leads the whole network onto the fast path.
+    """
+    images = [x] if skip is None else [x, skip]
+    return weight.shape[1] == 1 or _in_order(weight) or all(map(_in_order, images))
+
+
+def _in_order(tensor: Tensor) -> bool:
+    # one channel or one pixel is in every order
+    return (
+        tensor.is_contiguous(memory_format=torch.channels_last)
+        and tensor.stride(1) == 1
+        and not tensor.is_contiguous()
+    )
 
 
 def conv_relu_pool_reference(
