@@ -6,6 +6,7 @@ network's arguments and the run's state as JSON. Nothing in it is code.
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,9 @@ def read_weights(path: Path) -> Any:
     """
     try:
         if path.suffix.lower() != ".safetensors":
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return torch.load(path, map_location="cpu", weights_only=True)
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("format") == FORMAT:
                 raise CheckpointError(f"{path}: is a fastunet checkpoint already")

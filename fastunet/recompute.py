@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,17 +18,20 @@ def recomputed(model: nn.Module, part: Callable[..., Any], *arguments: Any) -> A
         arguments: its arguments.
     Returns: what ``part`` returns.
     """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    # a compiled graph writes the statistics once, at its end
+    if not norms or torch.compiler.is_compiling():
+        return checkpoint(part, *arguments, use_reentrant=False)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _statistics_kept(model)
+        return nullcontext(), _statistics_kept(norms)
 
     return checkpoint(part, *arguments, use_reentrant=False, context_fn=contexts)
 
 
 @contextmanager
-def _statistics_kept(model: nn.Module) -> Iterator[None]:
+def _statistics_kept(norms: list[nn.BatchNorm2d]) -> Iterator[None]:
     """Batch normalisation in training that leaves its running statistics alone."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None

@@ -301,7 +301,7 @@ class UNet(nn.Module):
 
         Raises: ValueError if ``size`` does not fit, with the nearest sizes that do.
         """
-        if self.odd == "crop" and size > self.smallest_size:
+        if self.odd == "crop" and size >= self.smallest_size:
             size = size - (size - self.smallest_size) % self.grid
         if self.padding == "same":
             if size < self.grid:
