@@ -55,8 +55,13 @@ def converted(case: str) -> tuple[UNet, nn.Module, nn.Module]:
     net = theirs(case)
     ours = UNet.from_state_dict(net.state_dict(), **CASES[case][1])
     exact = copy.deepcopy(net).double()
-    # PyTorch's batch statistics are less exact in channels_last
-    return ours, net.to(memory_format=torch.channels_last), exact
+    return ours, channels_last(net), exact
+
+
+def channels_last(net: nn.Module) -> nn.Module:
+    """In the layout of ours, where PyTorch's batch statistics are less exact."""
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
 
 
 def test_entries_and_widths_of_the_defaults() -> None:
@@ -167,7 +172,7 @@ def test_biases_and_counts_that_old_files_have_or_lack() -> None:
     ours = UNet.from_state_dict(state).eval()
     x = torch.randn(1, 2, 32, 32)
     with torch.no_grad():
-        eager = net.to(memory_format=torch.channels_last).eval()(x)
+        eager = channels_last(net).eval()(x)
         exact = copy.deepcopy(net).double()(x.double())
         assert_as_accurate(ours(x), eager, exact)
 
