@@ -172,7 +172,9 @@ def recognise(
     optional = {theirs[key] for key in wanted if OPTIONAL.fullmatch(key)}
     _check_fit(tensors, layout, {theirs[key]: like for key, like in wanted.items()}, optional)
     weights = {
-        key: tensors[theirs[key]] if theirs[key] in tensors else torch.zeros(like.shape)
+        key: tensors[theirs[key]]
+        if theirs[key] in tensors
+        else torch.zeros(like.shape, dtype=like.dtype)
         for key, like in wanted.items()
     }
     if layout.up_first:
@@ -190,9 +192,10 @@ def _tensors(state: object) -> dict[str, Tensor]:
             "UNet.from_state_dict: state must be a mapping from keys to tensors, as "
             f"model.state_dict() returns it, got {type(state).__name__}"
         )
-    for name in WRAPPERS:
-        if isinstance(state.get(name), Mapping):
-            return _tensors(state[name])
+    # deep enough for every wrapper; a file may hold itself
+    for _ in WRAPPERS:
+        inner = (state.get(name) for name in WRAPPERS)
+        state = next((value for value in inner if isinstance(value, Mapping)), state)
     tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(
@@ -214,7 +217,7 @@ def _found(tensors: Mapping[str, Tensor], modules: Modules) -> int:
 
 def _their_key(key: str, modules: Modules) -> str:
     module, _, leaf = key.rpartition(".")
-    return f"{modules[module]}.{leaf}"
+    return f"{modules.get(module, module)}.{leaf}"
 
 
 def _config(tensors: Mapping[str, Tensor], layout: Layout, modules: Modules) -> dict[str, Any]:

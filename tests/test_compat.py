@@ -230,6 +230,12 @@ def test_rejects() -> None:
         UNet.from_state_dict({"epoch": 1, "state_dict": None})
     with pytest.raises(ValueError, match=r"got the keys layer1\.weight, layer1\.bias; known"):
         UNet.from_state_dict({"layer1.weight": torch.zeros(1), "layer1.bias": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"missing contracting\.3\.conv1\.bias"):
+        UNet.from_state_dict(theirs("cropping").state_dict(), widths=(4, 8, 16, 32))
+    itself: dict[str, Any] = {}
+    itself["model"] = itself
+    with pytest.raises(ValueError, match=r"state must hold tensors, got model$"):
+        UNet.from_state_dict(itself)
     with pytest.raises(ValueError, match="padding must be 'valid' or 'same', got 'full'"):
         UNet.from_state_dict(theirs("cropping").state_dict(), padding="full")
 
@@ -259,6 +265,22 @@ def test_predicts_what_the_original_does(case: str) -> None:
     assert_as_accurate(torch.from_numpy(predict(ours, image)), eager, exact)
     labels = predict(ours, image, output="label")
     assert (labels == eager.argmax(0).numpy()).mean() == 1
+
+
+@pytest.mark.parametrize(
+    ("case", "height"),
+    [("padding", 287), ("cropping", 71), ("cropping-norm", 95), ("cropping-same", 75)],
+)
+def test_tiles_give_the_whole(case: str, height: int) -> None:
+    model, _, _ = converted(case)
+    image, shape = torch.randn(2, height, 131), (3, height, 131)
+    smallest = 2 * model.margin + model.grid
+    tile = model.fitting_size(smallest + -smallest % model.grid)
+    assert model.padding == "valid" or tile < height
+    tiled, whole = (predict(model, image, tile=n) for n in (tile, model.fitting_size(480)))
+    exact = predict(model.double(), image, tile=model.fitting_size(480))
+    assert tiled.shape == whole.shape == shape
+    assert_as_accurate(*map(torch.from_numpy, (tiled, whole)), torch.from_numpy(exact).double())
 
 
 def test_aligned_corners_need_the_whole_image() -> None:
