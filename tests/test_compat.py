@@ -280,7 +280,8 @@ def test_tiles_give_the_whole(case: str, height: int) -> None:
     tiled, whole = (predict(model, image, tile=n) for n in (tile, model.fitting_size(480)))
     exact = predict(model.double(), image, tile=model.fitting_size(480))
     assert tiled.shape == whole.shape == shape
-    assert_as_accurate(*map(torch.from_numpy, (tiled, whole)), torch.from_numpy(exact).double())
+    got, eager, reference = (torch.from_numpy(p) for p in (tiled, whole, exact))
+    assert_as_accurate(got, eager, reference.double())
 
 
 def test_aligned_corners_need_the_whole_image() -> None:
