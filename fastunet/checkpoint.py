@@ -5,12 +5,14 @@ network's arguments and the run's state as JSON. Nothing in it is code.
 """
 
 import json
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .files import replacing
@@ -60,7 +62,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", **options: 
     """The network in a checkpoint, in evaluation mode.
 
     Args:
-        path: a file that ``fastunet train`` wrote.
+        path: a file that ``fastunet train`` or ``fastunet convert`` wrote.
         device: where the network goes.
         options: further arguments for ``UNet``, such as ``ops``.
     Returns: the network with its weights.
@@ -100,6 +102,42 @@ def load_checkpoint(
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
+
+
+def read_weights(path: Path) -> Any:
+    """What a file of another program's weights holds; no code in it is run.
+
+    Args:
+        path: what ``torch.save`` wrote, or safetensors (ending in .safetensors).
+    Returns: most often a mapping from keys to tensors, on the CPU.
+    Raises: CheckpointError if the file is missing, damaged, of another kind, a checkpoint of
+        fastunet already, or cannot be opened without running code.
+    """
+    try:
+        if path.suffix.lower() != ".safetensors":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return torch.load(path, map_location="cpu", weights_only=True)
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("format") == FORMAT:
+                raise CheckpointError(f"{path}: is a fastunet checkpoint already")
+        return load_file(path)
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    # a damaged pickle can raise anything
+    except Exception as error:
+        reason = "damaged, or not a file of weights"
+        name = re.search(r"\bGLOBAL (\S+)", str(error))
+        if name or "TorchScript" in str(error):
+            reason = (
+                f"opening it would run code ({name[1] if name else 'TorchScript'}), which fastunet "
+                "never does; wanted tensors alone, as torch.save(model.state_dict(), ...) writes"
+            )
+        raise CheckpointError(f"{path}: cannot be read: {reason}") from error
 
 
 def restore_optimizer(

@@ -61,7 +61,8 @@ def predict(
         autocast: dtype for ``torch.autocast``; None for the network's own.
         progress: called with the number of tiles done and of all tiles.
     Returns: softmax probabilities [K, H, W] float32, or the most probable class [H, W] uint8
-        (uint16 for more than 256 classes).
+        (uint16 for more than 256 classes). A network of one class, or with a sigmoid, gives each
+        class a probability of its own; the label of one class is 1 where that is above 0.5.
     Raises: ValueError for another number of channels, no pixels, NaN or infinity, a tile that does
         not fit (with the nearest sizes that do), batch < 1; TypeError for an image of integers.
     Source: Ronneberger et al. 2015, figure 2.
@@ -101,9 +102,9 @@ def predict_pages(
         model: the network, on any device.
         source: pages, as ``open_pages`` gives them.
         path: the file to write, ending in .tif or .tiff.
-        output: "probability": float32, for two classes that of the foreground, [N, H, W], else
-            [N, K, H, W]; or "label": the most probable class, [N, H, W] uint8 (uint16 for more
-            than 256 classes).
+        output: "probability": float32, for up to two classes that of the foreground, [N, H, W],
+            else [N, K, H, W]; or "label": the most probable class, [N, H, W] uint8 (uint16 for
+            more than 256 classes).
         tile: as for ``predict``.
         batch: as for ``predict``.
         autocast: as for ``predict``.
@@ -126,7 +127,7 @@ def predict_pages(
         raise ValueError(f"predict: the output must end in .tif or .tiff, got {path}")
     pictures = _pictures(overlay, len(shapes))
     plans = [_plan(model, shape, tile) for shape in shapes]
-    leading = (model.n_classes,) if output == "probability" and model.n_classes != 2 else ()
+    leading = (model.n_classes,) if output == "probability" and model.n_classes > 2 else ()
     advance = _counter(progress, sum(map(_tiles, plans)))
     finish = _finish(model, "foreground" if output == "probability" and not leading else output)
 
@@ -219,13 +220,21 @@ def _evaluating(model: UNet) -> Iterator[None]:
 
 
 def _finish(model: UNet, output: str) -> Callable[[Tensor], Tensor]:
-    """What becomes of the logits [B, K, H, W]."""
+    """What becomes of the network's output [B, K, H, W]."""
+
+    def probability(y: Tensor) -> Tensor:
+        if model.activation == "sigmoid":
+            return y
+        return y.sigmoid() if model.n_classes == 1 else y.softmax(1)
+
     if output == "probability":
-        return lambda logits: logits.softmax(1)
+        return probability
     if output == "foreground":
-        return lambda logits: logits.softmax(1)[:, 1]
+        return lambda y: probability(y)[:, -1]
+    if model.n_classes == 1:
+        return lambda y: (probability(y)[:, 0] > 0.5).to(torch.uint8)
     narrow = torch.uint8 if model.n_classes <= 256 else torch.int32
-    return lambda logits: logits.argmax(1).to(narrow)
+    return lambda y: y.argmax(1).to(narrow)
 
 
 def _dtype(model: UNet, output: Output) -> type[np.generic]:

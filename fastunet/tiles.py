@@ -41,7 +41,8 @@ def plan_axis(model: UNet, size: int, tile: int | None = None) -> Axis:
 
     Windows of a 'valid' network reach into the mirror image on both sides. Those of a 'same'
     network stay within the image, mirrored at its end up to the pooling grid, so that its borders
-    are padded with zeros as in training.
+    are padded with zeros as in training. Where up-sampling is "aligned", each output pixel depends
+    on the size of the whole: the only window is the image.
 
     Args:
         model: the network.
@@ -52,6 +53,14 @@ def plan_axis(model: UNet, size: int, tile: int | None = None) -> Axis:
     Returns: the windows.
     Raises: ValueError, with the nearest sizes that fit, if ``tile`` does not.
     """
+    if model.up == "aligned":
+        whole = model.fitting_size(size)
+        if tile is not None and tile < whole:
+            raise ValueError(
+                f"predict: tile must cover the image, {whole} pixels, for a network whose "
+                f"up-sampling aligns the corners, got {tile}"
+            )
+        return Axis(whole, (Span(0, 0, size, 0),))
     if tile is not None:
         axis = _lay(model, size, tile)
         if axis is None:

@@ -185,11 +185,21 @@ def fit(
         tensorboard: also write TensorBoard events to ``folder``/tensorboard.
     Returns: the last step, the history and the signal that ended the run, if one did.
     Raises: ValueError if the folder holds a run and ``resume`` is not given, if a resumed run's
-        network or settings differ, or if the tile does not fit the network; DivergedError, a
-        ValueError, if the loss is not finite.
+        network or settings differ, if the tile does not fit the network, or if its output is no
+        logits of two classes or more; DivergedError, a ValueError, if the loss is not finite.
     """
     device = next(model.parameters()).device
-    model.output_size(config.tile)
+    if model.n_classes < 2 or model.activation is not None:
+        ends = f" and activation {model.activation}" if model.activation else ""
+        raise ValueError(
+            "train: the network must give logits of at least 2 classes, which the weighted "
+            f"cross-entropy compares, got n_classes {model.n_classes}{ends}"
+        )
+    if model.output_size(config.tile) != config.tile - 2 * _lost(model):
+        raise ValueError(
+            f"train: tile must fit the network, got {config.tile} pixels; the next that fits: "
+            f"{model.fitting_size(config.tile)}"
+        )
     class_weight = class_weights(sections, model.n_classes, config.class_weight).to(device)
     optimizer = _optimizer(model, config)
     run = {"network": model.config, "run": asdict(config), "data": _names(sections, validation)}

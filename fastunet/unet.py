@@ -1,6 +1,6 @@
 """The network of figure 1: a class per kind of arrow, and ``forward`` reads as the figure does."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
@@ -10,20 +10,25 @@ from torch import Tensor, nn
 
 from . import ops as fused_ops
 from .ops.crop_concat.reference import centre_crop
+from .recompute import recomputed
 
 PAPER_WIDTHS = (64, 128, 256, 512, 1024)
 
 
 class ConvReLU(nn.Conv2d):
-    """Blue arrow: 3x3 convolution and ReLU, with batch normalisation between them on request."""
+    """Blue arrow: 3x3 convolution and ReLU; batch normalisation between or after on request."""
 
     def __init__(self, c_in: int, c_out: int, padding: int, norm: str | None) -> None:
         super().__init__(c_in, c_out, 3, padding=padding)
-        self.norm = nn.BatchNorm2d(c_out) if norm == "batch" else nn.Identity()
+        self.norm = nn.Identity() if norm is None else nn.BatchNorm2d(c_out)
+        self.relu_first = norm == "batch-after"
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C_out, H', W']."""
-        return F.relu(self.norm(super().forward(x)), inplace=True)
+        y = super().forward(x)
+        if self.relu_first:
+            return self.norm(F.relu(y, inplace=True))
+        return F.relu(self.norm(y), inplace=True)
 
 
 class ConvPair(nn.Module):
@@ -40,10 +45,12 @@ class ConvPair(nn.Module):
         norm: str | None,
         ops: ModuleType,
         dropout: float = 0.0,
+        c_mid: int | None = None,
     ) -> None:
         super().__init__()
-        self.conv1 = ConvReLU(c_in, c_out, padding, norm)
-        self.conv2 = ConvReLU(c_out, c_out, padding, norm)
+        c_mid = c_mid or c_out
+        self.conv1 = ConvReLU(c_in, c_mid, padding, norm)
+        self.conv2 = ConvReLU(c_mid, c_out, padding, norm)
         self.dropout = nn.Dropout(dropout)
         self.padding = padding
         self.fused = norm is None
@@ -107,12 +114,21 @@ class UNet(nn.Module):
         n_classes: channels of the output, one logit a class.
         widths: channels of each level, from the top; their number is that of the levels.
         padding: "valid" (the paper's; 572 pixels become 388) or "same" (as many as came in).
-        norm: None (the paper's), or "batch" for batch normalisation before each ReLU.
-        up: "transpose" (the paper's 2x2 up-convolution) or "bilinear".
+        norm: None (the paper's), "batch" for batch normalisation before each ReLU, "batch-after"
+            for after it.
+        up: "transpose" (the paper's 2x2 up-convolution), "bilinear" (with a 1x1 convolution), or
+            "aligned": bilinear with aligned corners and without a convolution, where the pairs
+            of the expanding path end with the channels of the next level; "same" padding only.
         dropout: probability at the end of the contracting path, in training.
         variant: "paper" is the figure; "release" the authors' published network, which has a ReLU
             after each up-convolution, twice the outputs in the last of them, the up-sampled
             features before the skip, and dropout after the last two pairs of the contracting path.
+        odd: what becomes of sizes that do not halve evenly. None: "valid" refuses them, "same"
+            mirrors the image up to one that does. "pad": up-sampled features get zeros up to the
+            skip's size; "same" padding only. "crop": the skip is cropped, the output is smaller.
+        activation: None for logits, or "sigmoid" for the probability of each class on its own.
+        recompute: keep only what goes between the levels for backward, and compute the rest
+            again: less memory and more time in training, the same result.
         ops: the module whose ``conv_relu_pair`` and ``crop_concat`` run, ``fastunet.ops`` or
             ``fastunet.ops.eager``.
     Raises: ValueError for arguments that cannot work.
@@ -126,22 +142,31 @@ class UNet(nn.Module):
         *,
         widths: Sequence[int] = PAPER_WIDTHS,
         padding: Literal["valid", "same"] = "valid",
-        norm: Literal["batch"] | None = None,
-        up: Literal["transpose", "bilinear"] = "transpose",
+        norm: Literal["batch", "batch-after"] | None = None,
+        up: Literal["transpose", "bilinear", "aligned"] = "transpose",
         dropout: float = 0.5,
         variant: Literal["paper", "release"] = "paper",
+        odd: Literal["pad", "crop"] | None = None,
+        activation: Literal["sigmoid"] | None = None,
+        recompute: bool = False,
         ops: ModuleType = fused_ops,
     ) -> None:
         super().__init__()
         for name, value, allowed in (
             ("padding", padding, ("valid", "same")),
-            ("norm", norm, (None, "batch")),
-            ("up", up, ("transpose", "bilinear")),
+            ("norm", norm, (None, "batch", "batch-after")),
+            ("up", up, ("transpose", "bilinear", "aligned")),
             ("variant", variant, ("paper", "release")),
+            ("odd", odd, (None, "pad", "crop")),
+            ("activation", activation, (None, "sigmoid")),
         ):
             if value not in allowed:
                 want = " or ".join(map(repr, allowed))
                 raise ValueError(f"UNet: {name} must be {want}, got {value!r}")
+        if padding == "valid" and (up == "aligned" or odd == "pad"):
+            raise ValueError("UNet: padding must be 'same' for up='aligned' and odd='pad'")
+        if up == "aligned" and variant == "release":
+            raise ValueError("UNet: variant must be 'paper' for up='aligned'")
         widths = tuple(widths)
         for name, sizes in (
             ("in_channels", [in_channels]),
@@ -155,7 +180,8 @@ class UNet(nn.Module):
 
         self.in_channels, self.n_classes, self.widths = in_channels, n_classes, widths
         self.padding, self.norm, self.up, self.dropout = padding, norm, up, dropout
-        self.variant = variant
+        self.variant, self.odd, self.activation = variant, odd, activation
+        self.recompute = recompute
         self.levels = len(widths)
         release, pad = variant == "release", int(padding == "same")
 
@@ -167,14 +193,18 @@ class UNet(nn.Module):
             c = width
         self.up_convs, self.expanding = nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(self.levels - 1)):
-            width = widths[level]
+            width = c_out = widths[level]
             c_up = widths[1] if release and level == 0 else width
             if up == "transpose":
                 self.up_convs.append(UpConv(c, c_up, relu=release))
-            else:
+            elif up == "bilinear":
                 self.up_convs.append(BilinearUp(c, c_up))
-            self.expanding.append(ConvPair(width + c_up, width, pad, norm, ops))
-            c = width
+            else:
+                aligned = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+                self.up_convs.append(aligned)
+                c_up, c_out = c, widths[max(level - 1, 0)]
+            self.expanding.append(ConvPair(width + c_up, c_out, pad, norm, ops, c_mid=width))
+            c = c_out
         self.head = nn.Conv2d(c, n_classes, 1)
         self.reset_parameters()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -182,8 +212,38 @@ class UNet(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """The arguments that build this network again: ``UNet(**model.config)``."""
-        names = ("in_channels", "n_classes", "padding", "norm", "up", "dropout", "variant")
+        names = (
+            "in_channels", "n_classes", "padding", "norm", "up", "dropout", "variant", "odd",
+            "activation",
+        )  # fmt: skip
         return {"widths": list(self.widths), **{name: getattr(self, name) for name in names}}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], **options: Any) -> "UNet":
+        """The network that a state dict belongs to, with its weights.
+
+        Known are the state dicts of this class and of three widely used PyTorch U-Nets, told by
+        their keys: ``inc.double_conv.0.weight`` (n_channels, n_classes, bilinear),
+        ``down_path.0.block.0.weight`` (in_channels, n_classes, depth, wf, padding, batch_norm,
+        up_mode) and ``encoder1.enc1conv1.weight`` (in_channels, out_channels, init_features). The
+        network computes what the original does in evaluation and in training.
+
+        Args:
+            state: tensors by key, also inside a checkpoint's "state_dict", "model" or the like;
+                prefixes such as "module." are removed, entries that are no tensors ignored.
+            options: further arguments for ``UNet``, above all those that weights do not tell, such
+                as padding="same" for the second. Without them they are the original's defaults.
+        Returns: a float32 network on the CPU, in training mode, as a new one is.
+        Raises: TypeError if ``state`` is no mapping; ValueError, with the keys and shapes that do
+            not fit the closest layout, if it is none of these.
+        """
+        # the other way round this module is the one that is imported
+        from .compat import recognise
+
+        config, weights = recognise(state, options)
+        model = cls(**config)
+        model.load_state_dict(weights)
+        return model
 
     def reset_parameters(self) -> None:
         """Draw weights from N(0, 2 / N), N the inputs of one neuron; biases are zero."""
@@ -198,7 +258,8 @@ class UNet(nn.Module):
         """Logits [B, n_classes, H', W'] of images [B, in_channels, H, W].
 
         H' is ``output_size(H)``: smaller by the margins for "valid", H for "same", which mirrors
-        the bottom and right of an image up to a multiple of 2^(levels - 1) and crops the result.
+        the bottom and right of an image up to a multiple of 2^(levels - 1) and crops the result,
+        unless ``odd`` says otherwise. Probabilities with ``activation``.
 
         Raises: ValueError for another number of channels, and for a size that does not fit, with
             the nearest sizes that do.
@@ -206,27 +267,42 @@ class UNet(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"UNet: x must be [B, {self.in_channels}, H, W], got {list(x.shape)}")
         height, width = (self.output_size(n) for n in x.shape[2:])
-        if self.padding == "same":
+        if self.padding == "same" and self.odd is None:
             x = self._mirror_to_grid(x)
 
         skips = []
         for pair in self.contracting[:-1]:
-            skip, x = pair(x, pool=True)
+            skip, x = self._run(pair, x, None, True)
             skips.append(skip)
-        x = self.contracting[-1](x)
+        x = self._run(self.contracting[-1], x)
         for up_conv, pair in zip(self.up_convs, self.expanding, strict=True):
-            x, skip = up_conv(x), skips.pop()
-            if self.variant == "release":
-                # the released network's order: up-sampled features first
-                x, skip = centre_crop(skip, x.shape[2], x.shape[3]), x
-            x = pair(x, skip=skip)
-        return self.head(x)[:, :, :height, :width]
+            x = self._run(self._expand, up_conv, pair, x, skips.pop())
+        y = self.head(x)[:, :, :height, :width]
+        return y if self.activation is None else y.sigmoid()
+
+    def _expand(self, up_conv: nn.Module, pair: nn.Module, x: Tensor, skip: Tensor) -> Any:
+        """One level of the expanding path."""
+        x = up_conv(x)
+        if self.odd == "pad":
+            x = _pad_around(x, skip.shape[2], skip.shape[3])
+        if self.variant == "release":
+            # the released network's order: up-sampled features first
+            x, skip = centre_crop(skip, x.shape[2], x.shape[3]), x
+        return pair(x, skip=skip)
+
+    def _run(self, level: Callable[..., Any], *arguments: Any) -> Any:
+        """One level of the network, computed again in backward on request."""
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(self, level, *arguments)
+        return level(*arguments)
 
     def output_size(self, size: int) -> int:
         """Height or width of the output for an input of ``size`` pixels.
 
         Raises: ValueError if ``size`` does not fit, with the nearest sizes that do.
         """
+        if self.odd == "crop" and size >= self.smallest_size:
+            size = size - (size - self.smallest_size) % self.grid
         if self.padding == "same":
             if size < self.grid:
                 raise ValueError(f"UNet: x must be at least {self.grid} pixels, got {size}")
@@ -243,7 +319,8 @@ class UNet(nn.Module):
     def fitting_size(self, size: int) -> int:
         """The smallest height or width that fits and is at least ``size`` pixels."""
         if self.padding == "same":
-            return max(size, self.grid)
+            size = max(size, self.grid)
+            return size + -size % self.grid if self.odd == "crop" else size
         steps = max(0, -(-(size - self.smallest_size) // self.grid))
         return self.smallest_size + steps * self.grid
 
@@ -292,7 +369,7 @@ class UNet(nn.Module):
             reach = -(-reach // 2)
         reach += 2
         for skip_reach in reversed(reaches):
-            reach = max(2 * reach + (self.up == "bilinear"), skip_reach) + 2
+            reach = max(2 * reach + (self.up != "transpose"), skip_reach) + 2
         return reach
 
     @property
@@ -306,3 +383,11 @@ class UNet(nn.Module):
     def _mirror_to_grid(self, x: Tensor) -> Tensor:
         bottom, right = (-n % self.grid for n in x.shape[2:])
         return F.pad(x, (0, right, 0, bottom), mode="reflect") if bottom or right else x
+
+
+def _pad_around(x: Tensor, height: int, width: int) -> Tensor:
+    """``x`` amid zeros, [B, C, height, width]; the odd one goes to the bottom and right."""
+    rows, columns = height - x.shape[2], width - x.shape[3]
+    if not (rows or columns):
+        return x
+    return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))

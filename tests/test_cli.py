@@ -15,7 +15,7 @@ import pytest
 import tifffile
 
 from fastunet import cli
-from fastunet.cli import apply, tools, train
+from fastunet.cli import apply, convert, tools, train
 from fastunet.report import read_log
 from fastunet.synthetic import write_cells
 from fastunet.train import LAST, LOG
@@ -25,6 +25,7 @@ COMMANDS: list[Callable[..., Any]] = [
     apply.predict,
     apply.evaluate,
     apply.weight_map,
+    convert.convert,
     tools.bench,
     tools.doctor,
     tools.demo,

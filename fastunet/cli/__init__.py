@@ -2,7 +2,7 @@
 
 import sys
 
-from . import apply, tools, train  # each adds its commands to the application
+from . import apply, convert, tools, train  # each adds its commands to the application
 from .common import app
 
 
@@ -30,4 +30,4 @@ def main() -> None:
     sys.exit(status)
 
 
-__all__ = ["apply", "main", "tools", "train"]
+__all__ = ["apply", "convert", "main", "tools", "train"]

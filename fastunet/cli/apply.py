@@ -102,11 +102,17 @@ def evaluate(
 
     target = pick_device(device)
     model = load_model(checkpoint, target)
+    if model.n_classes > 1 and model.activation is not None:
+        raise ValueError(
+            f"{checkpoint}: evaluate compares classes that exclude each other, got a network with "
+            f"a {model.activation} for each of {model.n_classes}"
+        )
     loaded = load_sections(
         images,
         labels,
         sections=sections,
-        n_classes=model.n_classes,
+        # a network of one class tells it from the background
+        n_classes=max(2, model.n_classes),
         label_kind=label_kind,
         separate=separate,
     )
@@ -114,8 +120,9 @@ def evaluate(
     pages = {}
     with progress_bar(as_json) as progress:
         for section in progress.track(loaded, description="scoring"):
+            probability = predict(model, section.image, tile=tile, autocast=dtype)
             pages[section.name] = score(
-                predict(model, section.image, tile=tile, autocast=dtype),
+                probability[0] if model.n_classes == 1 else probability,
                 section.classes,
                 section.cells,
                 method=instances,

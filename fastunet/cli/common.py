@@ -33,7 +33,7 @@ Separate = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
-Checkpoint = Annotated[Path, typer.Option(help="A file that fastunet train wrote.")]
+Checkpoint = Annotated[Path, typer.Option(help="A file that fastunet train or convert wrote.")]
 
 
 @app.callback()

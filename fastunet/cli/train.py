@@ -86,6 +86,9 @@ def train(
     device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write events too.")] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Less memory, more time, the same result.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -144,6 +147,7 @@ def train(
         up=up,
         dropout=dropout,
         variant=variant,
+        recompute=recompute,
     ).to(target)
     outcome = fit(
         model,

@@ -1,0 +1,42 @@
+"""Activation checkpointing: what a part of a network computes, again in backward."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(model: nn.Module, part: Callable[..., Any], *arguments: Any) -> Any:
+    """``part(*arguments)``, of which only the arguments are kept for backward.
+
+    Args:
+        model: the network that ``part`` belongs to; its batch normalisations see each batch once.
+        part: a function or module; draws the same random numbers both times.
+        arguments: its arguments.
+    Returns: what ``part`` returns.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    # a compiled graph writes the statistics once, at its end
+    if not norms or torch.compiler.is_compiling():
+        return checkpoint(part, *arguments, use_reentrant=False)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _statistics_kept(norms)
+
+    return checkpoint(part, *arguments, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def _statistics_kept(norms: list[nn.BatchNorm2d]) -> Iterator[None]:
+    """Batch normalisation in training that leaves its running statistics alone."""
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
