@@ -1,0 +1,226 @@
+"""Other people's U-Nets on our operators: ``accelerate`` patches a model where it stands."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
+
+from . import fusion, tracing
+
+# what a module's class is made to remember of the class that it was
+_ORIGINAL = "_fastunet_original"
+# without a forward of their own
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``accelerate`` did with each Conv2d, by its name in the model."""
+
+    swapped: tuple[str, ...]
+    kept: dict[str, str]
+    """The reason for each that was left alone."""
+    notes: tuple[str, ...]
+    """Modules whose forward could not be read; the modules in them were taken one by one."""
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.swapped)} convolutions run on fastunet, {len(self.kept)} as before"]
+        lines += [f"  swapped  {name}" for name in self.swapped]
+        lines += [f"  kept     {name}: {reason}" for name, reason in self.kept.items()]
+        return "\n".join([*lines, *(f"  note     {note}" for note in self.notes)])
+
+
+def accelerate(model: nn.Module) -> tuple[nn.Module, Report]:
+    """Run the 3x3 convolutions of ``model`` on ``conv_relu``, wherever ReLU follows them.
+
+    A concatenation before, batch normalisation between the two (folded in eval mode, run by itself
+    in training) and a 2x2 max-pooling behind are taken along. Everything else runs as before.
+    Parameters, buffers, their names and the classes that ``isinstance`` sees stay; 4-d weights are
+    put into channels_last, in which the images inside then flow, while the output has the layout
+    that it had. A copy by ``copy.deepcopy`` is accelerated too, a pickle is one of the original.
+
+    The forward is read once by ``torch.fx``. Where that is not possible, or where it does something
+    else in training, the modules in it are taken one by one. Where plain attributes of the modules
+    have changed since, or hooks were added, the original forward runs.
+
+    Args:
+        model: any module; it is changed in place.
+    Returns: ``model`` and the report, which says of each Conv2d whether it was swapped, or why not.
+    Raises: TypeError if ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        # once more: after a change of the model, for instance
+        module.__class__ = getattr(type(module), _ORIGINAL, type(module))
+    work = _Pass(model)
+    work.accelerate(model)
+
+    reasons = {
+        name: _reasons(module, work.outcomes.get(module, []))
+        for module, name in work.names.items()
+        if isinstance(module, nn.Conv2d)
+    }
+    swapped = tuple(name for name, reason in reasons.items() if not reason)
+    kept = {name: reason for name, reason in reasons.items() if reason}
+    if swapped:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        _change_forward(model, _in_layout_of_inputs(type(model).forward))
+    return model, Report(swapped, kept, tuple(work.notes))
+
+
+def _reasons(conv: nn.Module, outcomes: list[str | None]) -> str:
+    """Why ``conv`` was not swapped at each of its calls; nothing if it was."""
+    if not outcomes:
+        return fusion.why_not(conv) or "no forward that could be read calls it"
+    return "; ".join(dict.fromkeys(reason for reason in outcomes if reason))
+
+
+class _Pass:
+    """One walk through a model, and what it finds."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
+        self.outcomes: dict[nn.Module, list[str | None]] = {}
+        self.notes: list[str] = []
+        self.seen: set[nn.Module] = set()
+
+    def accelerate(self, module: nn.Module) -> None:
+        """Change the forward of ``module`` and those that it calls whole, or of what is in it."""
+        convs = any(isinstance(each, nn.Conv2d) for each in module.modules())
+        if not convs or module in self.seen or isinstance(module, nn.Conv2d):
+            return
+        self.seen.add(module)
+        parts = {module}
+        if not isinstance(module, _CONTAINERS):
+            try:
+                graph, parts = tracing.trace_both_modes(module)
+            except tracing.UntraceableError as error:
+                name = self.names[module] or "the model"
+                self.notes.append(f"{name} ({type(module).__name__}) in its parts: {error}")
+            else:
+                self._fuse(module, graph, parts)
+        for part in _whole(module, parts):
+            self.accelerate(part)
+
+    def _fuse(self, module: nn.Module, graph: fx.Graph, parts: set[nn.Module]) -> None:
+        calls = fusion.fuse(graph, module)
+        for conv, reasons in calls.items():
+            self.outcomes.setdefault(conv, []).extend(reasons)
+        if any(reason is None for reasons in calls.values() for reason in reasons):
+            _change_forward(module, _read_forward(module, graph, parts))
+
+
+def _whole(module: nn.Module, parts: set[nn.Module]) -> Iterator[nn.Module]:
+    """The modules in ``module`` outside of ``parts`` which no other such module contains."""
+    for child in module.children():
+        if child in parts or isinstance(child, _CONTAINERS):
+            yield from _whole(child, parts)
+        else:
+            yield child
+
+
+def _read_forward(module: nn.Module, graph: fx.Graph, parts: set[nn.Module]) -> Callable[..., Any]:
+    """What ``graph`` says, while ``parts`` are as they were when it was read."""
+    original = type(module).forward
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, f"<fastunet.accelerate {type(module).__name__}>", "exec"), namespace)
+    read = namespace["forward"]
+    states = [_State(path, part) for path, part in module.named_modules() if part in parts]
+    arguments = sum(node.op == "placeholder" for node in graph.nodes)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != arguments or not all(state.holds(self) for state in states):
+            return original(self, *args, **kwargs)
+        return read(self, *args)
+
+    return forward
+
+
+class _State:
+    """What the forward of a part of a model may depend on beside its tensors."""
+
+    def __init__(self, path: str, part: nn.Module) -> None:
+        self.path = path
+        self.type = type(part)
+        self.children = list(part._modules)
+        self.attributes = [
+            (name, value)
+            for name, value in vars(part).items()
+            if isinstance(value, (bool, int, float, str, type(None))) and name != "training"
+        ]
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether the part of ``model`` still is in this state, and nothing listens to it."""
+        part = model
+        if self.path:
+            # the hooks and the type of the model itself are its caller's concern
+            for name in self.path.split("."):
+                child = part._modules.get(name)
+                if child is None:
+                    return False
+                part = child
+            if type(part) is not self.type or tracing.has_hooks(part):
+                return False
+        return list(part._modules) == self.children and all(
+            getattr(part, name, None) == value for name, value in self.attributes
+        )
+
+
+def _in_layout_of_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original``, its images contiguous unless those that came in are in channels_last."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if any(_is_channels_last(given) for given in (*args, *kwargs.values())):
+            return result
+        return tree_map_only(Tensor, Tensor.contiguous, result)
+
+    return forward
+
+
+def _is_channels_last(given: Any) -> bool:
+    return (
+        isinstance(given, Tensor)
+        and given.ndim == 4
+        and given.is_contiguous(memory_format=torch.channels_last)
+        and not given.is_contiguous()
+    )
+
+
+def _change_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Give ``module`` a class of its own, which differs from the one it had by its forward."""
+    base = type(module)
+    original = getattr(base, _ORIGINAL, base)
+
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        reduced = super(base, self).__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
+        (new, arguments), state = reduced[:2], reduced[2:]
+        return (new, (original, *arguments[1:]), *state)
+
+    module.__class__ = type(
+        base.__name__,
+        (base,),
+        {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "__deepcopy__": deepcopy,
+            "__reduce_ex__": reduce,
+            "forward": functools.wraps(base.forward)(forward),
+            _ORIGINAL: original,
+        },
+    )
