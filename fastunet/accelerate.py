@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from . import fusion, tracing
@@ -40,13 +41,16 @@ def accelerate(model: nn.Module) -> tuple[nn.Module, Report]:
 
     A concatenation before, batch normalisation between the two (folded in eval mode, run by itself
     in training) and a 2x2 max-pooling behind are taken along. Everything else runs as before.
-    Parameters, buffers, their names and the classes that ``isinstance`` sees stay; 4-d weights are
-    put into channels_last, in which the images inside then flow, while the output has the layout
-    that it had. A copy by ``copy.deepcopy`` is accelerated too, a pickle is one of the original.
+    Parameters, buffers, their names and the classes that ``isinstance`` sees stay. Weights and the
+    images inside are in channels_last, the output is in the layout that it had. A copy by
+    ``copy.deepcopy`` is accelerated too, a pickle is one of the original.
 
     The forward is read once by ``torch.fx``. Where that is not possible, or where it does something
-    else in training, the modules in it are taken one by one. Where plain attributes of the modules
-    have changed since, or hooks were added, the original forward runs.
+    else in training, the modules in it are taken one by one. The original forward runs, all of it,
+    where plain attributes of the modules have changed since, where hooks were added to modules in
+    it, for other arguments than its positional ones, and while batch normalisation is in training
+    mode, in which PyTorch is less accurate on channels_last images; ``train`` and ``eval`` lay out
+    the weights accordingly.
 
     Args:
         model: any module; it is changed in place.
@@ -69,8 +73,10 @@ def accelerate(model: nn.Module) -> tuple[nn.Module, Report]:
     swapped = tuple(name for name, reason in reasons.items() if not reason)
     kept = {name: reason for name, reason in reasons.items() if reason}
     if swapped:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        _change_forward(model, _in_layout_of_inputs(type(model).forward))
+        _change_class(model, forward=_in_layout_of_inputs(type(model).forward))
+        if not any(_is_channels_last(weight) for weight in model.parameters()):
+            _change_class(model, train=_train(type(model).train))
+            _lay_out(model)
     return model, Report(swapped, kept, tuple(work.notes))
 
 
@@ -113,7 +119,7 @@ class _Pass:
         for conv, reasons in calls.items():
             self.outcomes.setdefault(conv, []).extend(reasons)
         if any(reason is None for reasons in calls.values() for reason in reasons):
-            _change_forward(module, _read_forward(module, graph, parts))
+            _change_class(module, forward=_read_forward(module, graph, parts))
 
 
 def _whole(module: nn.Module, parts: set[nn.Module]) -> Iterator[nn.Module]:
@@ -133,14 +139,23 @@ def _read_forward(module: nn.Module, graph: fx.Graph, parts: set[nn.Module]) -> 
     exec(compile(code.src, f"<fastunet.accelerate {type(module).__name__}>", "exec"), namespace)
     read = namespace["forward"]
     states = [_State(path, part) for path, part in module.named_modules() if part in parts]
+    norms = [path for path, part in module.named_modules() if isinstance(part, _BatchNorm)]
     arguments = sum(node.op == "placeholder" for node in graph.nodes)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if kwargs or len(args) != arguments or not all(state.holds(self) for state in states):
+        as_read = not kwargs and len(args) == arguments and all(s.holds(self) for s in states)
+        if not as_read or any(_part(self, path).training for path in norms):
             return original(self, *args, **kwargs)
         return read(self, *args)
 
     return forward
+
+
+def _part(module: nn.Module, path: str) -> nn.Module:
+    """The module at ``path``; the last that is there if something was taken out."""
+    for name in path.split(".") if path else ():
+        module = module._modules.get(name) or module
+    return module
 
 
 class _State:
@@ -158,16 +173,10 @@ class _State:
 
     def holds(self, model: nn.Module) -> bool:
         """Whether the part of ``model`` still is in this state, and nothing listens to it."""
-        part = model
-        if self.path:
-            # the hooks and the type of the model itself are its caller's concern
-            for name in self.path.split("."):
-                child = part._modules.get(name)
-                if child is None:
-                    return False
-                part = child
-            if type(part) is not self.type or tracing.has_hooks(part):
-                return False
+        part = _part(model, self.path)
+        # the hooks and the type of the model itself are its caller's concern
+        if part is not model and (type(part) is not self.type or tracing.has_hooks(part)):
+            return False
         return list(part._modules) == self.children and all(
             getattr(part, name, None) == value for name, value in self.attributes
         )
@@ -194,8 +203,28 @@ def _is_channels_last(given: Any) -> bool:
     )
 
 
-def _change_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Give ``module`` a class of its own, which differs from the one it had by its forward."""
+def _train(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """``original``, and the weights laid out for the new mode."""
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        original(self, mode)
+        _lay_out(self)
+        return self
+
+    return train
+
+
+def _lay_out(model: nn.Module) -> None:
+    """Put the weights into channels_last, unless batch normalisation is in training mode."""
+    normalises = any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
+    layout = torch.contiguous_format if normalises else torch.channels_last
+    # parameters made in inference mode could not be trained any more
+    with torch.inference_mode(False):
+        model.to(memory_format=layout)  # type: ignore[call-overload]
+
+
+def _change_class(module: nn.Module, **methods: Callable[..., Any]) -> None:
+    """Give ``module`` a class of its own, which differs from the one it had by ``methods``."""
     base = type(module)
     original = getattr(base, _ORIGINAL, base)
 
@@ -220,7 +249,7 @@ def _change_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
             "__doc__": base.__doc__,
             "__deepcopy__": deepcopy,
             "__reduce_ex__": reduce,
-            "forward": functools.wraps(base.forward)(forward),
             _ORIGINAL: original,
+            **{name: functools.wraps(getattr(base, name))(methods[name]) for name in methods},
         },
     )

@@ -137,6 +137,7 @@ def run(
             if isinstance(module, nn.BatchNorm2d):
                 weight, bias = folded(conv, module)
         padding = 1 if conv.padding in ((1, 1), "same") else 0
+        x = x.contiguous(memory_format=torch.channels_last)
         return conv_relu(x, weight, bias, padding=padding, skip=skip, pool=pooled)
     y = conv(x if skip is None else torch.cat([skip, x], 1))
     for module in between:
