@@ -1,6 +1,7 @@
 """Other people's U-Nets on our operators: ``accelerate`` patches a model where it stands."""
 
 import copy
+import copyreg
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def accelerate(model: nn.Module) -> tuple[nn.Module, Report]:
 
 
 def _reasons(conv: nn.Module, outcomes: list[str | None]) -> str:
-    """Why ``conv`` was not swapped at each of its calls; nothing if it was."""
+    """Why ``conv`` was not swapped at some of its calls; nothing if it was at each."""
     if not outcomes:
         return fusion.why_not(conv) or "no forward that could be read calls it"
     return "; ".join(dict.fromkeys(reason for reason in outcomes if reason))
@@ -95,6 +96,9 @@ class _Pass:
         self.outcomes: dict[nn.Module, list[str | None]] = {}
         self.notes: list[str] = []
         self.seen: set[nn.Module] = set()
+        self.objection: str | None = None
+        if any(isinstance(module, nn.GroupNorm) for module in self.names):
+            self.objection = "the model has GroupNorm, which is less accurate in channels_last"
 
     def accelerate(self, module: nn.Module) -> None:
         """Change the forward of ``module`` and those that it calls whole, or of what is in it."""
@@ -117,8 +121,9 @@ class _Pass:
     def _fuse(self, module: nn.Module, graph: fx.Graph, parts: set[nn.Module]) -> None:
         calls = fusion.fuse(graph, module)
         for conv, reasons in calls.items():
-            self.outcomes.setdefault(conv, []).extend(reasons)
-        if any(reason is None for reasons in calls.values() for reason in reasons):
+            outcomes = [reason or self.objection for reason in reasons]
+            self.outcomes.setdefault(conv, []).extend(outcomes)
+        if self.objection is None and any(None in reasons for reasons in calls.values()):
             _change_class(module, forward=_read_forward(module, graph, parts))
 
 
@@ -235,10 +240,8 @@ def _change_class(module: nn.Module, **methods: Callable[..., Any]) -> None:
         return twin
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        reduced = super(base, self).__reduce_ex__(protocol)
-        assert isinstance(reduced, tuple)
-        (new, arguments), state = reduced[:2], reduced[2:]
-        return (new, (original, *arguments[1:]), *state)
+        # by what the standard library has, so that loading it needs nothing of ours
+        return copyreg._reconstructor, (original, object, None), vars(self)  # type: ignore[attr-defined]
 
     module.__class__ = type(
         base.__name__,

@@ -32,7 +32,7 @@ class _Value(fx.Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.startswith(("torch.fx", "torch.nn.parameter")):
+        if caller.startswith(("torch.fx", "torch.nn.parameter", "torch.nn.modules.module")):
             return _Value
         raise UntraceableError("it asks a value for its type")
 
