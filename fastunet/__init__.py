@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import backends, ops
+from .accelerate import accelerate
 from .losses import WeightedCrossEntropyLoss
 from .ops import (
     conv_relu,
@@ -32,6 +33,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "UNet",
     "WeightedCrossEntropyLoss",
+    "accelerate",
     "backends",
     "conv_relu",
     "conv_relu_pair",

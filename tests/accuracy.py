@@ -1,5 +1,7 @@
 """What "as accurate as PyTorch" means: no tolerance is typed by hand."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,11 +11,18 @@ def max_abs(tensor: Tensor) -> float:
     return float(tensor.detach().abs().max()) if tensor.numel() else 0.0
 
 
-def assert_as_accurate(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
+def root_sum_square(tensor: Tensor) -> float:
+    """The size of all elements together: for many of them, of which the worst is chance."""
+    return float(tensor.detach().double().norm())
+
+
+def assert_as_accurate(
+    actual: Tensor, eager: Tensor, exact: Tensor, size: Callable[[Tensor], float] = max_abs
+) -> None:
     """``actual`` may be twice as far from float64's result as eager PyTorch, plus a rounding."""
     assert actual.shape == eager.shape == exact.shape
     assert actual.dtype == eager.dtype
     assert exact.dtype == torch.float64
-    error, eager_error = (max_abs(t.double() - exact) for t in (actual, eager))
-    bound = 2 * (eager_error + torch.finfo(eager.dtype).eps * max_abs(exact))
+    error, eager_error = (size(t.double() - exact) for t in (actual, eager))
+    bound = 2 * (eager_error + torch.finfo(eager.dtype).eps * size(exact))
     assert error <= bound, f"error {error:.3g} is above {bound:.3g}, eager has {eager_error:.3g}"

@@ -1,0 +1,258 @@
+"""Other people's U-Nets on our operators: ``accelerate`` patches a model where it stands."""
+
+import copy
+import copyreg
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
+
+from . import fusion, tracing
+
+# what a module's class is made to remember of the class that it was
+_ORIGINAL = "_fastunet_original"
+# without a forward of their own
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``accelerate`` did with each Conv2d, by its name in the model."""
+
+    swapped: tuple[str, ...]
+    kept: dict[str, str]
+    """The reason for each that was left alone."""
+    notes: tuple[str, ...]
+    """Modules whose forward could not be read; the modules in them were taken one by one."""
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.swapped)} convolutions run on fastunet, {len(self.kept)} as before"]
+        lines += [f"  swapped  {name}" for name in self.swapped]
+        lines += [f"  kept     {name}: {reason}" for name, reason in self.kept.items()]
+        return "\n".join([*lines, *(f"  note     {note}" for note in self.notes)])
+
+
+def accelerate(model: nn.Module) -> tuple[nn.Module, Report]:
+    """Run the 3x3 convolutions of ``model`` on ``conv_relu``, wherever ReLU follows them.
+
+    A concatenation before, batch normalisation between the two (folded in eval mode, run by itself
+    in training) and a 2x2 max-pooling behind are taken along. Everything else runs as before.
+    Parameters, buffers, their names and the classes that ``isinstance`` sees stay. Weights and the
+    images inside are in channels_last, the output is in the layout that it had. A copy by
+    ``copy.deepcopy`` is accelerated too, a pickle is one of the original.
+
+    The forward is read once by ``torch.fx``. Where that is not possible, or where it does something
+    else in training, the modules in it are taken one by one. The original forward runs, all of it,
+    where plain attributes of the modules have changed since, where hooks were added to modules in
+    it, for other arguments than its positional ones, and while batch normalisation is in training
+    mode, in which PyTorch is less accurate on channels_last images; ``train`` and ``eval`` lay out
+    the weights accordingly.
+
+    Args:
+        model: any module; it is changed in place.
+    Returns: ``model`` and the report, which says of each Conv2d whether it was swapped, or why not.
+    Raises: TypeError if ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        # once more: after a change of the model, for instance
+        module.__class__ = getattr(type(module), _ORIGINAL, type(module))
+    work = _Pass(model)
+    work.accelerate(model)
+
+    reasons = {
+        name: _reasons(module, work.outcomes.get(module, []))
+        for module, name in work.names.items()
+        if isinstance(module, nn.Conv2d)
+    }
+    swapped = tuple(name for name, reason in reasons.items() if not reason)
+    kept = {name: reason for name, reason in reasons.items() if reason}
+    if swapped:
+        _change_class(model, forward=_in_layout_of_inputs(type(model).forward))
+        if not any(_is_channels_last(weight) for weight in model.parameters()):
+            _change_class(model, train=_train(type(model).train))
+            _lay_out(model)
+    return model, Report(swapped, kept, tuple(work.notes))
+
+
+def _reasons(conv: nn.Module, outcomes: list[str | None]) -> str:
+    """Why ``conv`` was not swapped at some of its calls; nothing if it was at each."""
+    if not outcomes:
+        return fusion.why_not(conv) or "no forward that could be read calls it"
+    return "; ".join(dict.fromkeys(reason for reason in outcomes if reason))
+
+
+class _Pass:
+    """One walk through a model, and what it finds."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
+        self.outcomes: dict[nn.Module, list[str | None]] = {}
+        self.notes: list[str] = []
+        self.seen: set[nn.Module] = set()
+        self.objection: str | None = None
+        if any(isinstance(module, nn.GroupNorm) for module in self.names):
+            self.objection = "the model has GroupNorm, which is less accurate in channels_last"
+
+    def accelerate(self, module: nn.Module) -> None:
+        """Change the forward of ``module`` and those that it calls whole, or of what is in it."""
+        convs = any(isinstance(each, nn.Conv2d) for each in module.modules())
+        if not convs or module in self.seen or isinstance(module, nn.Conv2d):
+            return
+        self.seen.add(module)
+        parts = {module}
+        if not isinstance(module, _CONTAINERS):
+            try:
+                graph, parts = tracing.trace_both_modes(module)
+            except tracing.UntraceableError as error:
+                name = self.names[module] or "the model"
+                self.notes.append(f"{name} ({type(module).__name__}) in its parts: {error}")
+            else:
+                self._fuse(module, graph, parts)
+        for part in _whole(module, parts):
+            self.accelerate(part)
+
+    def _fuse(self, module: nn.Module, graph: fx.Graph, parts: set[nn.Module]) -> None:
+        calls = fusion.fuse(graph, module)
+        for conv, reasons in calls.items():
+            outcomes = [reason or self.objection for reason in reasons]
+            self.outcomes.setdefault(conv, []).extend(outcomes)
+        if self.objection is None and any(None in reasons for reasons in calls.values()):
+            _change_class(module, forward=_read_forward(module, graph, parts))
+
+
+def _whole(module: nn.Module, parts: set[nn.Module]) -> Iterator[nn.Module]:
+    """The modules in ``module`` outside of ``parts`` which no other such module contains."""
+    for child in module.children():
+        if child in parts or isinstance(child, _CONTAINERS):
+            yield from _whole(child, parts)
+        else:
+            yield child
+
+
+def _read_forward(module: nn.Module, graph: fx.Graph, parts: set[nn.Module]) -> Callable[..., Any]:
+    """What ``graph`` says, while ``parts`` are as they were when it was read."""
+    original = type(module).forward
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, f"<fastunet.accelerate {type(module).__name__}>", "exec"), namespace)
+    read = namespace["forward"]
+    states = [_State(path, part) for path, part in module.named_modules() if part in parts]
+    norms = [path for path, part in module.named_modules() if isinstance(part, _BatchNorm)]
+    arguments = sum(node.op == "placeholder" for node in graph.nodes)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        as_read = not kwargs and len(args) == arguments and all(s.holds(self) for s in states)
+        if not as_read or any(_part(self, path).training for path in norms):
+            return original(self, *args, **kwargs)
+        return read(self, *args)
+
+    return forward
+
+
+def _part(module: nn.Module, path: str) -> nn.Module:
+    """The module at ``path``; the last that is there if something was taken out."""
+    for name in path.split(".") if path else ():
+        module = module._modules.get(name) or module
+    return module
+
+
+class _State:
+    """What the forward of a part of a model may depend on beside its tensors."""
+
+    def __init__(self, path: str, part: nn.Module) -> None:
+        self.path = path
+        self.type = type(part)
+        self.children = list(part._modules)
+        self.attributes = [
+            (name, value)
+            for name, value in vars(part).items()
+            if isinstance(value, (bool, int, float, str, type(None))) and name != "training"
+        ]
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether the part of ``model`` still is in this state, and nothing listens to it."""
+        part = _part(model, self.path)
+        # the hooks and the type of the model itself are its caller's concern
+        if part is not model and (type(part) is not self.type or tracing.has_hooks(part)):
+            return False
+        return list(part._modules) == self.children and all(
+            getattr(part, name, None) == value for name, value in self.attributes
+        )
+
+
+def _in_layout_of_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original``, its images contiguous unless those that came in are in channels_last."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if any(_is_channels_last(given) for given in (*args, *kwargs.values())):
+            return result
+        return tree_map_only(Tensor, Tensor.contiguous, result)
+
+    return forward
+
+
+def _is_channels_last(given: Any) -> bool:
+    return (
+        isinstance(given, Tensor)
+        and given.ndim == 4
+        and given.is_contiguous(memory_format=torch.channels_last)
+        and not given.is_contiguous()
+    )
+
+
+def _train(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """``original``, and the weights laid out for the new mode."""
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        original(self, mode)
+        _lay_out(self)
+        return self
+
+    return train
+
+
+def _lay_out(model: nn.Module) -> None:
+    """Put the weights into channels_last, unless batch normalisation is in training mode."""
+    normalises = any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
+    layout = torch.contiguous_format if normalises else torch.channels_last
+    # parameters made in inference mode could not be trained any more
+    with torch.inference_mode(False):
+        model.to(memory_format=layout)  # type: ignore[call-overload]
+
+
+def _change_class(module: nn.Module, **methods: Callable[..., Any]) -> None:
+    """Give ``module`` a class of its own, which differs from the one it had by ``methods``."""
+    base = type(module)
+    original = getattr(base, _ORIGINAL, base)
+
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        # by what the standard library has, so that loading it needs nothing of ours
+        return copyreg._reconstructor, (original, object, None), vars(self)  # type: ignore[attr-defined]
+
+    module.__class__ = type(
+        base.__name__,
+        (base,),
+        {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "__deepcopy__": deepcopy,
+            "__reduce_ex__": reduce,
+            _ORIGINAL: original,
+            **{name: functools.wraps(getattr(base, name))(methods[name]) for name in methods},
+        },
+    )
