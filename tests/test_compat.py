@@ -108,12 +108,11 @@ def test_backward_and_statistics(case: str) -> None:
     _, exact = recognise(trained(exact_net, torch.float64), CASES[case][1])
     units = {name: max_abs(value) for name, value in exact.items() if value.dtype == torch.float64}
     # each in units of its largest: where sums have another order, one tensor of few may be unlucky
-    assert_as_accurate(
-        *(
-            torch.cat([tensors[name].flatten() / unit for name, unit in units.items()])
-            for tensors in (got, eager, exact)
-        )
+    actual, of_eager, of_exact = (
+        torch.cat([tensors[name].flatten() / unit for name, unit in units.items()])
+        for tensors in (got, eager, exact)
     )
+    assert_as_accurate(actual, of_eager, of_exact)
     for name in got.keys() - units.keys():
         if name.endswith("num_batches_tracked"):
             assert torch.equal(got[name], eager[name])
