@@ -128,7 +128,7 @@ class UNet(nn.Module):
             skip's size; "same" padding only. "crop": the skip is cropped, the output is smaller.
         activation: None for logits, or "sigmoid" for the probability of each class on its own.
         recompute: keep only what goes between the levels for backward, and compute the rest
-            again: less memory and more time in training, the same result.
+            again. Training is slower, and its result the same.
         ops: the module whose ``conv_relu_pair`` and ``crop_concat`` run, ``fastunet.ops`` or
             ``fastunet.ops.eager``.
     Raises: ValueError for arguments that cannot work.

@@ -87,7 +87,8 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write events too.")] = False,
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="Less memory, more time, the same result.")
+        bool,
+        typer.Option("--recompute", help="Keep less for backward and compute it again: slower."),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
     as_json: AsJson = False,
