@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,22 @@ def kernel_device() -> torch.device:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The arguments of each call of ``conv_relu`` that an accelerated model makes."""
+    import fastunet
+    from fastunet import fusion
+
+    calls: list[Any] = []
+
+    def conv_relu(*args: Any, **options: Any) -> Any:
+        calls.append(options)
+        return fastunet.conv_relu(*args, **options)
+
+    monkeypatch.setattr(fusion, "conv_relu", conv_relu)
+    return calls
 
 
 @pytest.fixture
