@@ -16,6 +16,8 @@ from . import fusion, tracing
 
 # what a module's class is made to remember of the class that it was
 _ORIGINAL = "_fastunet_original"
+# what every module has: its mode and how it keeps hooks
+_OF_MODULES = frozenset(vars(nn.Module()))
 # without a forward of their own
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
@@ -159,7 +161,10 @@ def _read_forward(module: nn.Module, graph: fx.Graph, parts: set[nn.Module]) -> 
 def _part(module: nn.Module, path: str) -> nn.Module:
     """The module at ``path``; the last that is there if something was taken out."""
     for name in path.split(".") if path else ():
-        module = module._modules.get(name) or module
+        child = module._modules.get(name)
+        if child is None:
+            break
+        module = child
     return module
 
 
@@ -173,7 +178,7 @@ class _State:
         self.attributes = [
             (name, value)
             for name, value in vars(part).items()
-            if isinstance(value, (bool, int, float, str, type(None))) and name != "training"
+            if isinstance(value, (bool, int, float, str, type(None))) and name not in _OF_MODULES
         ]
 
     def holds(self, model: nn.Module) -> bool:
@@ -241,7 +246,8 @@ def _change_class(module: nn.Module, **methods: Callable[..., Any]) -> None:
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         # by what the standard library has, so that loading it needs nothing of ours
-        return copyreg._reconstructor, (original, object, None), vars(self)  # type: ignore[attr-defined]
+        rebuild: Any = vars(copyreg)["_reconstructor"]
+        return rebuild, (original, object, None), vars(self)
 
     module.__class__ = type(
         base.__name__,

@@ -9,13 +9,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
 
 class UntraceableError(Exception):
     """Why the forward of a module cannot be replaced by what ``torch.fx`` reads of it."""
@@ -23,7 +16,12 @@ class UntraceableError(Exception):
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something else listens to the calls of ``module``."""
-    return any(getattr(module, name) for name in _HOOKS)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 class _Value(fx.Proxy):

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,45 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastunet import accelerate
+from fastunet import accelerate, fusion
 
-from . import networks, networks_more
-from .accelerated import assert_same, outputs, randomised
+from . import networks
+from .accelerate_cases import NETWORKS, assert_same, build, outputs
 from .accuracy import assert_as_accurate
 
-Build = Callable[[], nn.Module]
-
-
-def monai(name: str, **options: Any) -> nn.Module:
-    nets = pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
-    options = {"spatial_dims": 2, "in_channels": 3, "out_channels": 2, **options}
-    return getattr(nets, name)(**options)
-
-
-BASIC = {"features": (8, 8, 16, 32, 64, 8)}
-LEVELS = {"channels": (8, 16, 32), "strides": (2, 2), "num_res_units": 2}
-RELU = {"act": "relu", "norm": "batch"}
-# how to build it, a size that it takes, and its swapped and kept convolutions
-NETWORKS: dict[str, tuple[Build, tuple[int, int], int, int]] = {
-    "classic": (lambda: networks.ClassicUNet(3, 2, width=8), (45, 67), 18, 1),
-    "classic bilinear": (lambda: networks.ClassicUNet(3, 2, True, width=8), (45, 67), 18, 1),
-    "path": (lambda: networks.PathUNet(3, 2, 3, 3), (61, 67), 10, 1),
-    "path norm": (lambda: networks.PathUNet(3, 2, 3, 3, True, True, "upsample"), (45, 67), 10, 3),
-    "hub": (lambda: networks.HubUNet(3, 1, 8), (48, 80), 18, 1),
-    "monai basic": (lambda: monai("BasicUNet", **BASIC, **RELU), (45, 67), 18, 1),
-    "monai": (lambda: monai("UNet", **LEVELS, **RELU), (44, 68), 5, 6),
-    "segmentation": (lambda: networks_more.SegmentationUnet(3, 2, 8), (32, 96), 23, 24),
-    "nested": (lambda: networks_more.NestedUNet(2, 3, width=8), (48, 80), 30, 1),
-    "nested deep": (lambda: networks_more.NestedUNet(2, 3, True, width=8), (48, 80), 30, 4),
-    "attention": (lambda: networks_more.AttentionUNet(3, 2, width=8), (48, 80), 22, 13),
-}
 every_network = pytest.mark.parametrize("name", NETWORKS)
-
-
-def build(name: str) -> tuple[nn.Module, Tensor]:
-    """The network with statistics and biases that matter, in training mode, and an image."""
-    make, size, *_ = NETWORKS[name]
-    return randomised(make()), torch.randn(2, 3, *size)
 
 
 @every_network
@@ -97,9 +65,9 @@ def test_wrappers(name: str) -> None:
     model, _ = accelerate(copy.deepcopy(original).eval())
     original.eval()
     # MONAI's own forward breaks the graph
-    options: Any = {"fullgraph": not name.startswith("monai"), "backend": "aot_eager"}
-    compiled: Any = torch.compile(model, **options)
-    assert_same(compiled, original, x)
+    if not name.startswith("monai"):
+        compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert_same(compiled, original, x)
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same(again, original, x)
     exact = [y.double() for y in outputs(copy.deepcopy(original).double()(x.double()))]
@@ -184,9 +152,15 @@ def test_layouts() -> None:
     assert y.is_contiguous(memory_format=channels_last)
 
 
-def test_folding_is_left_where_it_costs_more_than_it_saves(fused_calls: list[Any]) -> None:
-    model, _ = accelerate(nn.Sequential(nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2), nn.ReLU()).eval())
-    model(torch.randn(1, 4, 6, 6))
-    assert len(fused_calls) == 1
-    model(torch.randn(1, 4, 5, 7))
-    assert len(fused_calls) == 1
+@pytest.mark.parametrize("wrong", ["scale", "shift"])
+def test_check_can_fail(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folded = fusion.folded
+
+    def badly(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+        weight, bias = folded(conv, norm)
+        return (weight * 1.001, bias) if wrong == "scale" else (weight, bias + 0.001)
+
+    monkeypatch.setattr(fusion, "folded", badly)
+    original, x = build("classic")
+    with pytest.raises(AssertionError, match="is above"):
+        assert_same(accelerate(copy.deepcopy(original.eval()))[0], original, x)

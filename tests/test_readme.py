@@ -9,10 +9,11 @@ import torch
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_python_example() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def test_python_examples() -> None:
     names: dict[str, Any] = {}
-    exec(code, names)
+    for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL):
+        exec(code, names)
+    assert names["report"].swapped == ("0",)
     assert torch.isfinite(names["loss"])
     assert names["weights"][0, 121, 80] > 7
     assert names["probabilities"].shape == (2, 600, 800)

@@ -1,13 +1,48 @@
-"""What the tests of ``fastunet.accelerate`` share: small modules, and who equals whom."""
+"""The networks that ``accelerate`` is tested on, and what "the same results" means."""
 
 import copy
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from . import networks, networks_more
 from .accuracy import assert_as_accurate, root_sum_square
+
+Build = Callable[[], nn.Module]
+
+
+def monai(name: str, **options: Any) -> nn.Module:
+    nets = pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
+    options = {"spatial_dims": 2, "in_channels": 3, "out_channels": 2, **options}
+    return getattr(nets, name)(**options)
+
+
+BASIC = {"features": (8, 8, 16, 32, 64, 8)}
+LEVELS = {"channels": (8, 16, 32), "strides": (2, 2), "num_res_units": 2}
+RELU = {"act": "relu", "norm": "batch"}
+# how to build it, a size that it takes, and its swapped and kept convolutions
+NETWORKS: dict[str, tuple[Build, tuple[int, int], int, int]] = {
+    "classic": (lambda: networks.ClassicUNet(3, 2, width=8), (45, 67), 18, 1),
+    "classic bilinear": (lambda: networks.ClassicUNet(3, 2, True, width=8), (45, 67), 18, 1),
+    "path": (lambda: networks.PathUNet(3, 2, 3, 3), (61, 67), 10, 1),
+    "path norm": (lambda: networks.PathUNet(3, 2, 3, 3, True, True, "upsample"), (45, 67), 10, 3),
+    "hub": (lambda: networks.HubUNet(3, 1, 8), (48, 80), 18, 1),
+    "monai basic": (lambda: monai("BasicUNet", **BASIC, **RELU), (45, 67), 18, 1),
+    "monai": (lambda: monai("UNet", **LEVELS, **RELU), (44, 68), 5, 6),
+    "segmentation": (lambda: networks_more.SegmentationUnet(3, 2, 8), (32, 96), 23, 24),
+    "nested": (lambda: networks_more.NestedUNet(2, 3, width=8), (48, 80), 30, 1),
+    "nested deep": (lambda: networks_more.NestedUNet(2, 3, True, width=8), (48, 80), 30, 4),
+    "attention": (lambda: networks_more.AttentionUNet(3, 2, width=8), (48, 80), 22, 13),
+}
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    """The network with statistics and biases that matter, in training mode, and an image."""
+    make, size, *_ = NETWORKS[name]
+    return randomised(make()), torch.randn(2, 3, *size)
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -50,23 +85,3 @@ def assert_same(model: nn.Module, original: nn.Module, x: Tensor) -> None:
         for tensors in zip(actual[which], eager[which], exact[which], strict=True):
             assert_as_accurate(*tensors)
     assert_as_accurate(actual[1], eager[1], exact[1], root_sum_square)
-
-
-def relu_conv(c: int = 4, **options: Any) -> list[nn.Module]:
-    return [nn.Conv2d(c, c, 3, padding=1, **options), nn.ReLU()]
-
-
-class Forward(nn.Module):
-    """A convolution, normalisation, ReLU and pooling, joined by a function of them and x."""
-
-    def __init__(self, function: Callable[[Any, Any], Any]) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, 4, 3, padding=1)
-        self.norm = nn.BatchNorm2d(4)
-        self.relu = nn.ReLU(inplace=True)
-        self.pool = nn.MaxPool2d(2)
-        self.flag = True
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
