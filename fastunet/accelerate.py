@@ -138,14 +138,21 @@ def _whole(module: nn.Module, parts: set[nn.Module]) -> Iterator[nn.Module]:
             yield child
 
 
-def _read_forward(module: nn.Module, graph: fx.Graph, parts: set[nn.Module]) -> Callable[..., Any]:
-    """What ``graph`` says, while ``parts`` are as they were when it was read."""
+def _read_forward(
+    module: nn.Module, graph: fx.Graph, inlined: set[nn.Module]
+) -> Callable[..., Any]:
+    """What ``graph`` says, while ``inlined`` are as they were when it was read."""
     original = type(module).forward
+    # by numbers, because looking up a deep module takes as long as a small layer
+    paths: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = paths.setdefault(node.target, f"part{len(paths)}")
     code = graph.python_code("self")
     namespace = dict(code.globals)
     exec(compile(code.src, f"<fastunet.accelerate {type(module).__name__}>", "exec"), namespace)
     read = namespace["forward"]
-    states = [_State(path, part) for path, part in module.named_modules() if part in parts]
+    states = [_State(path, part) for path, part in module.named_modules() if part in inlined]
     norms = [path for path, part in module.named_modules() if isinstance(part, _BatchNorm)]
     arguments = sum(node.op == "placeholder" for node in graph.nodes)
 
@@ -153,7 +160,10 @@ def _read_forward(module: nn.Module, graph: fx.Graph, parts: set[nn.Module]) -> 
         as_read = not kwargs and len(args) == arguments and all(s.holds(self) for s in states)
         if not as_read or any(_part(self, path).training for path in norms):
             return original(self, *args, **kwargs)
-        return read(self, *args)
+        parts = _Parts()
+        for path, name in paths.items():
+            setattr(parts, name, _at(self, path))
+        return read(parts, *args)
 
     return forward
 
@@ -166,6 +176,20 @@ def _part(module: nn.Module, path: str) -> nn.Module:
             break
         module = child
     return module
+
+
+def _at(module: nn.Module, path: str) -> Any:
+    """The module, parameter or attribute at ``path``."""
+    part, name = module, path
+    if "." in path:
+        parent, name = path.rsplit(".", 1)
+        part = _part(module, parent)
+    child = part._modules.get(name)
+    return getattr(part, name) if child is None else child
+
+
+class _Parts:
+    """Holds what a graph calls."""
 
 
 class _State:
