@@ -13,8 +13,8 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// Tiles, output channels and input channels that are multiplied at a time: what a thread writes in
-// between should stay in its cache, and the BLAS wants matrices that are not thin.
+// Tiles, output channels and input channels that are multiplied at a time, about: what a thread
+// writes in between should stay in its cache, and the BLAS wants matrices that are not thin.
 struct Blocks {
   int64_t tiles;
   int64_t outputs;
@@ -60,9 +60,10 @@ void transform_targets(const Convolution& c, Span channels, const Matrices<float
 // Weights are transformed once, a slab of output channels at a time, and each block of tiles where
 // it is multiplied: for more tiles than output channels.
 void convolve_sharing_weights(const Convolution& c, const Tensor& like) {
-  const Blocks most = std::max(c.inputs, c.outputs) <= 64 ? kSharedWeightsNarrow : kSharedWeights;
-  const Blocks block{std::min(most.tiles, c.tile_count), std::min(most.outputs, c.outputs),
-                     std::min(most.inputs, c.inputs)};
+  const Blocks size = std::max(c.inputs, c.outputs) <= 64 ? kSharedWeightsNarrow : kSharedWeights;
+  const Blocks block{block_of(c.tile_count, size.tiles, 16),
+                     block_of(c.outputs, size.outputs),
+                     block_of(c.inputs, size.inputs)};
   const int64_t fit = kSharedFloats / (kPoints * c.inputs) / block.outputs;
   const int64_t slab = std::min(c.outputs, std::max<int64_t>(1, fit) * block.outputs);
   const int64_t u_size = kPoints * point_step(c.inputs, slab);
@@ -108,9 +109,9 @@ void convolve_sharing_weights(const Convolution& c, const Tensor& like) {
 // The input is transformed once, a slab of tiles at a time, and each block of weights where it is
 // multiplied, six points at a time: for more output channels than tiles.
 void convolve_sharing_input(const Convolution& c, const Tensor& like) {
-  const Blocks block{std::min(kSharedInput.tiles, c.tile_count),
-                     std::min(kSharedInput.outputs, c.outputs),
-                     std::min(kSharedInput.inputs, c.inputs)};
+  const Blocks block{block_of(c.tile_count, kSharedInput.tiles),
+                     block_of(c.outputs, kSharedInput.outputs, 32),
+                     block_of(c.inputs, kSharedInput.inputs)};
   const int64_t fit = kSharedFloats / (kPoints * c.inputs) / block.tiles;
   const int64_t slab = std::min(c.tile_count, std::max<int64_t>(1, fit) * block.tiles);
   const int64_t v_size = kPoints * point_step(slab, c.inputs);

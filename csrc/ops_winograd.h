@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "cpu/winograd.h"
@@ -33,6 +34,14 @@ struct Span {
     return {begin + index * size, std::min(begin + (index + 1) * size, end)};
   }
 };
+
+// The size of blocks of about `size`, none of which is thin; with `smallest`, four or more that are
+// no smaller. Threads have no say in it: their number must not change what is rounded.
+inline int64_t block_of(int64_t all, int64_t size, int64_t smallest = 0) {
+  const int64_t quarters = smallest > 0 ? std::min<int64_t>(4, all / smallest) : 1;
+  const int64_t count = std::max({ceil_div(2 * all, 3 * size), quarters, int64_t{1}});
+  return std::min(all, ceil_div(ceil_div(all, count), 16) * 16);
+}
 
 // Floats from one matrix to the next; a line more than it has, as caches dislike powers of two.
 inline int64_t point_step(int64_t rows, int64_t columns) { return (rows * columns / 16 + 2) * 16; }

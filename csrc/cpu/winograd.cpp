@@ -478,4 +478,9 @@ FASTUNET_VECTORIZED_WIDE void add_pixels(const Images<const float>& images, cons
   }
 }
 
+FASTUNET_VECTORIZED_WIDE void add(float* __restrict sums, const float* __restrict terms,
+                                  int64_t size) {
+  for (int64_t i = 0; i < size; ++i) sums[i] += terms[i];
+}
+
 }  // namespace fastunet::cpu::winograd

@@ -106,4 +106,7 @@ void transform_weight_gradient(const Matrices<const float>& u, int64_t inputs, i
 void add_pixels(const Images<const float>& images, const Tiles& tiles, int64_t channels,
                 double* sums, int64_t begin, int64_t end);
 
+// sums += terms.
+void add(float* sums, const float* terms, int64_t size);
+
 }  // namespace fastunet::cpu::winograd
