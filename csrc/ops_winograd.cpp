@@ -60,16 +60,16 @@ void transform_targets(const Convolution& c, Span channels, const Matrices<float
 // Weights are transformed once, a slab of output channels at a time, and each block of tiles where
 // it is multiplied: for more tiles than output channels.
 void convolve_sharing_weights(const Convolution& c, const Tensor& like) {
+  const int64_t fit = kSharedFloats / (kPoints * c.inputs);
   const Blocks size = std::max(c.inputs, c.outputs) <= 64 ? kSharedWeightsNarrow : kSharedWeights;
   const Blocks block{block_of(c.tile_count, size.tiles, 16),
-                     block_of(c.outputs, size.outputs),
+                     std::min(block_of(c.outputs, size.outputs), fit),
                      block_of(c.inputs, size.inputs)};
-  const int64_t fit = kSharedFloats / (kPoints * c.inputs) / block.outputs;
-  const int64_t slab = std::min(c.outputs, std::max<int64_t>(1, fit) * block.outputs);
+  const int64_t slab = std::min(c.outputs, fit / block.outputs * block.outputs);
   const int64_t u_size = kPoints * point_step(c.inputs, slab);
   const int64_t v_size = kPoints * point_step(block.tiles, block.inputs);
   const int64_t own_size = v_size + kPoints * block.tiles * block.outputs;
-  const int64_t threads = workers(own_size);
+  const int64_t threads = workers(own_size, u_size);
   const Tensor memory = new_empty(like, {u_size + threads * own_size});
   float* const u_data = memory.mutable_data_ptr<float>();
   float* const own_data = u_data + u_size;
@@ -91,7 +91,7 @@ void convolve_sharing_weights(const Convolution& c, const Tensor& like) {
       const Span rows = all_tiles.block(task / columns_of_blocks, block.tiles);
       const Span columns = outputs.block(task % columns_of_blocks, block.outputs);
       float* const v_data = own_data + worker * own_size;
-      const Matrices<float> m{v_data + v_size, rows.size() * columns.size(), columns.size()};
+      const Matrices<float> m = products(v_data + v_size, rows.size(), columns.size());
       const Tensor product = view(m, rows.size(), columns.size());
       for (int64_t k = 0; k < c.inputs; k += block.inputs) {
         const Span inputs{k, std::min(k + block.inputs, c.inputs)};
@@ -109,16 +109,16 @@ void convolve_sharing_weights(const Convolution& c, const Tensor& like) {
 // The input is transformed once, a slab of tiles at a time, and each block of weights where it is
 // multiplied, six points at a time: for more output channels than tiles.
 void convolve_sharing_input(const Convolution& c, const Tensor& like) {
-  const Blocks block{block_of(c.tile_count, kSharedInput.tiles),
+  const int64_t fit = kSharedFloats / (kPoints * c.inputs);
+  const Blocks block{std::min(block_of(c.tile_count, kSharedInput.tiles), fit),
                      block_of(c.outputs, kSharedInput.outputs, 32),
                      block_of(c.inputs, kSharedInput.inputs)};
-  const int64_t fit = kSharedFloats / (kPoints * c.inputs) / block.tiles;
-  const int64_t slab = std::min(c.tile_count, std::max<int64_t>(1, fit) * block.tiles);
+  const int64_t slab = std::min(c.tile_count, fit / block.tiles * block.tiles);
   const int64_t v_size = kPoints * point_step(slab, c.inputs);
   const int64_t taps_size = 9 * block.inputs * (block.outputs + 16);
   const int64_t u_size = kPatch * point_step(block.inputs, block.outputs);
   const int64_t own_size = taps_size + u_size + kPoints * block.tiles * block.outputs;
-  const int64_t threads = workers(own_size);
+  const int64_t threads = workers(own_size, v_size);
   const Tensor memory = new_empty(like, {v_size + threads * own_size});
   float* const v_data = memory.mutable_data_ptr<float>();
   float* const own_data = v_data + v_size;
@@ -138,7 +138,7 @@ void convolve_sharing_input(const Convolution& c, const Tensor& like) {
       const Span columns = all_outputs.block(task / rows_of_blocks, block.outputs);
       float* const taps = own_data + worker * own_size;
       float* const u_data = taps + taps_size;
-      const Matrices<float> m{u_data + u_size, rows.size() * columns.size(), columns.size()};
+      const Matrices<float> m = products(u_data + u_size, rows.size(), columns.size());
       for (int64_t k = 0; k < c.inputs; k += block.inputs) {
         const Span inputs{k, std::min(k + block.inputs, c.inputs)};
         const Weights<const float> weights =

@@ -18,9 +18,9 @@ namespace fastunet::winograd {
 
 using namespace cpu::winograd;
 
-// Floats that all threads share, and that they have for themselves: 64 MB in all.
-constexpr int64_t kSharedFloats = 8 << 20;
-constexpr int64_t kPrivateFloats = 8 << 20;
+// Floats that a call takes, 64 MB, and the most that all its threads share of them.
+constexpr int64_t kFloats = 16'000'000;
+constexpr int64_t kSharedFloats = 7'000'000;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -46,6 +46,11 @@ inline int64_t block_of(int64_t all, int64_t size, int64_t smallest = 0) {
 // Floats from one matrix to the next; a line more than it has, as caches dislike powers of two.
 inline int64_t point_step(int64_t rows, int64_t columns) { return (rows * columns / 16 + 2) * 16; }
 
+// Without: torch multiplies into contiguous matrices only, or into one after the other.
+inline Matrices<float> products(float* data, int64_t rows, int64_t columns) {
+  return {data, rows * columns, columns};
+}
+
 inline Matrices<float> matrices(float* data, int64_t rows, int64_t columns) {
   return {data, point_step(rows, columns), columns};
 }
@@ -64,11 +69,11 @@ inline void multiply(const Tensor& a, const Tensor& b, const Tensor& m, bool acc
       aoti_torch_cpu_baddbmm_out(m.get(), m.get(), a.get(), b.get(), accumulate ? 1.0 : 0.0, 1.0));
 }
 
-// How many threads may work with `floats` of their own. Never one of several: its products would
-// be shared among them, and their rounding would depend on their number.
-inline int64_t workers(int64_t floats) {
+// How many threads may work with `own` floats each, beside what they share. Never one of several:
+// its products would be shared among them, and their rounding would depend on their number.
+inline int64_t workers(int64_t own, int64_t shared) {
   const int64_t threads = torch::stable::get_num_threads();
-  return threads == 1 ? 1 : std::max<int64_t>(2, std::min(threads, kPrivateFloats / floats));
+  return threads == 1 ? 1 : std::max<int64_t>(2, std::min(threads, (kFloats - shared) / own));
 }
 
 // Calls run(task, worker) for each task on so many threads. What a task computes depends on

@@ -36,8 +36,7 @@ void accumulate(const Problem& problem, Span outputs, Span inputs, Span tiles, f
   for (int64_t start = tiles.begin; start < tiles.end; start += kTiles) {
     const Span rows{start, std::min(start + kTiles, tiles.end)};
     const Matrices<float> p = matrices(memory, rows.size(), outputs.size());
-    const Matrices<float> v =
-        matrices(memory + kPoints * p.point, rows.size(), inputs.size());
+    const Matrices<float> v = matrices(memory + kPoints * p.point, rows.size(), inputs.size());
     transform_gradient(grad, problem.tiles, outputs.size(), p, rows.begin, rows.end);
     if (sums != nullptr) {
       add_pixels(grad, problem.tiles, outputs.size(), sums, rows.begin, rows.end);
@@ -56,8 +55,8 @@ struct Groups {
 };
 
 Groups groups_of(int64_t blocks, int64_t tile_count, int64_t floats) {
-  const int64_t wanted = std::min({kEnough / blocks, kSharedFloats / floats,
-                                   tile_count / (2 * kTiles)});
+  const int64_t wanted =
+      std::min({kEnough / blocks, kSharedFloats / floats, tile_count / (2 * kTiles)});
   const int64_t tiles = ceil_div(tile_count, std::max<int64_t>(1, wanted));
   return {ceil_div(tile_count, tiles), tiles};
 }
@@ -67,9 +66,8 @@ std::tuple<Tensor, Tensor> winograd_grad_weight_cpu(const Tensor& grad, const Te
                                                     int64_t padding, bool need_bias) {
   const int64_t height = grad.size(2), width = grad.size(3);
   const Tiles tiles{height, width};
-  const Problem problem{sources_of(x, skip, padding),        centre(grad, height, width), tiles,
-                        x.size(0) * tiles.per_image(),       channels_of(skip) + x.size(1),
-                        grad.size(1)};
+  const Problem problem{sources_of(x, skip, padding),  centre(grad, height, width),   tiles,
+                        x.size(0) * tiles.per_image(), channels_of(skip) + x.size(1), grad.size(1)};
   const int64_t inputs = problem.inputs, outputs = problem.outputs;
   const Tensor grad_weight = new_empty(x, {outputs, 3, 3, inputs});
   const Tensor grad_bias = new_empty(x, {need_bias ? outputs : 0});
@@ -77,12 +75,13 @@ std::tuple<Tensor, Tensor> winograd_grad_weight_cpu(const Tensor& grad, const Te
   const int64_t input_block = block_of(inputs, kBlock), output_block = block_of(outputs, kBlock);
   const int64_t input_blocks = ceil_div(inputs, input_block);
   const int64_t blocks = input_blocks * ceil_div(outputs, output_block);
-  const int64_t u_size = kPoints * point_step(output_block, input_block);
+  const int64_t u_size = kPoints * output_block * input_block;
   const Groups groups = groups_of(blocks, problem.tile_count, blocks * u_size);
-  const int64_t own_size = kPoints * (point_step(kTiles, input_block) +
-                                      point_step(kTiles, output_block));
-  const int64_t threads = workers(own_size + (groups.count == 1 ? u_size : 0));
-  const int64_t kept = groups.count == 1 ? threads : groups.count * blocks;
+  const int64_t own_size =
+      kPoints * (point_step(kTiles, input_block) + point_step(kTiles, output_block));
+  const int64_t sums_kept = groups.count == 1 ? 0 : groups.count * blocks;
+  const int64_t threads = workers(own_size + (sums_kept == 0 ? u_size : 0), sums_kept * u_size);
+  const int64_t kept = sums_kept == 0 ? threads : sums_kept;
   const Tensor memory = new_empty(x, {kept * u_size + threads * own_size});
   float* const u_data = memory.mutable_data_ptr<float>();
   float* const own_data = u_data + kept * u_size;
@@ -103,7 +102,7 @@ std::tuple<Tensor, Tensor> winograd_grad_weight_cpu(const Tensor& grad, const Te
     const Span o = all_outputs.block(block / input_blocks, output_block);
     const Span k = all_inputs.block(block % input_blocks, input_block);
     const Matrices<float> u =
-        matrices(u_data + (groups.count == 1 ? worker : task) * u_size, o.size(), k.size());
+        products(u_data + (groups.count == 1 ? worker : task) * u_size, o.size(), k.size());
     double* const sum =
         need_bias && k.begin == 0 ? sums.data() + group * outputs + o.begin : nullptr;
     accumulate(problem, o, k, all_tiles.block(group, groups.tiles), own_data + worker * own_size, u,
@@ -122,7 +121,7 @@ std::tuple<Tensor, Tensor> winograd_grad_weight_cpu(const Tensor& grad, const Te
     for_tasks(blocks, threads, [&](int64_t block, int64_t) {
       const Span o = all_outputs.block(block / input_blocks, output_block);
       const Span k = all_inputs.block(block % input_blocks, input_block);
-      finish(block, matrices(u_data + block * u_size, o.size(), k.size()));
+      finish(block, products(u_data + block * u_size, o.size(), k.size()));
     });
   }
   for (int64_t o = 0; o < (need_bias ? outputs : 0); ++o) {

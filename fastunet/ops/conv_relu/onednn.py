@@ -1,4 +1,7 @@
-"""``conv_relu`` on the CPU: PyTorch's oneDNN convolutions between native passes.
+"""``conv_relu`` on the CPU: PyTorch's oneDNN convolutions between native passes, or something faster.
+
+Float32 convolutions run by Winograd's algorithm where that is faster (``winograd.py``), bfloat16 ones
+on AMX where there is one. The rest is oneDNN's.
 
 oneDNN could clamp in the convolution itself, but then turns NaN into 0; ``relu_pool_`` keeps it and
 takes no longer than a max-pooling alone. It could also add the convolution of ``x`` to that of the
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from .. import _amx
 from ..crop_concat.reference import centre_crop
+from . import winograd
 from .reference import (
     conv_relu_bwd_reference,
     conv_relu_pool_reference,
@@ -49,6 +53,8 @@ def conv_relu_onednn(
         return conv_relu_reference(x, weight, bias, padding, skip, *flags)
     if not _amx.unsupported(x, weight):
         return _amx.conv_relu(x, _cropped(skip, x), weight, bias, padding, False)[0]
+    if winograd.serves(x, weight, padding):
+        return winograd.conv_relu(x, weight, bias, padding, skip, False)[0]
     y = _convolve(x, weight, bias, padding, skip)
     _relu_pool(y, pool=False)
     return y
@@ -62,6 +68,8 @@ def conv_relu_pool_onednn(
         return conv_relu_pool_reference(x, weight, bias, padding, skip, *flags)
     if not _amx.unsupported(x, weight):
         return _amx.conv_relu(x, _cropped(skip, x), weight, bias, padding, True)
+    if winograd.serves(x, weight, padding):
+        return winograd.conv_relu(x, weight, bias, padding, skip, True)
     y = _convolve(x, weight, bias, padding, skip)
     return y, _relu_pool(y, pool=True)
 
@@ -84,6 +92,24 @@ def conv_relu_bwd_onednn(
             grad_y, grad_pooled, y, x, weight, skip, padding, needed, relu_made_x, grad_is_masked
         )
     masked = grad_y if grad_is_masked else _relu_pool_bwd(grad_y, grad_pooled, y)
+    grads, rest = winograd.gradients(masked, x, weight, skip, padding, needed, relu_made_x)
+    if any(rest):
+        others = _all_gradients(masked, x, weight, skip, padding, rest, relu_made_x)
+        grads = [b if need else a for a, b, need in zip(grads, others, rest, strict=True)]
+    grad_x, grad_weight, grad_bias, grad_skip = grads
+    return grad_x, grad_weight, grad_bias, grad_skip
+
+
+def _all_gradients(
+    masked: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    skip: Tensor | None,
+    padding: int,
+    needed: list[bool],
+    relu_made_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and skip by oneDNN, each source on its own."""
     need_x, need_weight, need_bias, need_skip = needed
     c = 0 if skip is None else skip.shape[1]
     needed = [need_x, need_weight, need_bias]

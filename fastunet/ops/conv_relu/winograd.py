@@ -1,0 +1,193 @@
+"""``conv_relu`` on the CPU in float32 by Winograd's F(4x4, 3x3), where it is faster than oneDNN.
+
+    y = A^T [ sum over channels of (G g G^T) * (B^T d B) ] A
+
+for each tile of 4x4 outputs, with d the 6x6 inputs that it depends on and g the 3x3 weights: 36
+products a channel and tile instead of 144. docs/maths/winograd.md derives the matrices, the
+gradients, which are the same sums, and the error.
+
+Weights are transformed in each call: nothing derived from them is kept, so nothing can be stale.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...backends import EXTENSION_MISSING
+from .._library import LIBRARY
+from .reference import laid_out_like
+
+# images come and go as [B, C, H, W] in channels_last, results of the operators as [B, H, W, C]
+LIBRARY.define(
+    "winograd_conv_relu(Tensor x, Tensor weight, Tensor? bias, int padding, Tensor? skip, "
+    "bool pool) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "winograd_grad_input(Tensor grad, Tensor weight, int padding, Tensor x, Tensor? skip, "
+    "bool need_x, bool need_skip, bool relu_made_x) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "winograd_grad_weight(Tensor grad, Tensor x, Tensor? skip, int padding, bool need_bias) "
+    "-> (Tensor, Tensor)"
+)
+
+TILE = 4
+# beyond it a single block of weights or tiles would take more memory than we promise
+MOST_CHANNELS = 4096
+
+_switch = {"on": True}
+
+
+def use_winograd(on: bool) -> bool:
+    """Let float32 convolutions on the CPU run by Winograd's algorithm where it is faster, or not.
+
+    It is on to begin with. Results differ from the plain convolution's by up to 5e-6 of their
+    largest magnitude instead of by a few times 1e-7, and a NaN or an infinity reaches all outputs of
+    the 4x4 tiles that read it. The setting is the process's, for all threads, and holds for compiled
+    networks too: it is looked up in each call.
+
+    Args:
+        on: whether it may run.
+    Returns: whether it could before.
+    """
+    before, _switch["on"] = _switch["on"], bool(on)
+    return before
+
+
+class Work(NamedTuple):
+    """What one convolution has to do."""
+
+    tiles: int
+    pixels: int  # of the result
+    inputs: int  # channels
+    outputs: int
+
+
+def work(batch: int, height: int, width: int, inputs: int, outputs: int) -> Work:
+    """The work of a convolution whose result is [batch, outputs, height, width]."""
+    tiles = batch * -(-height // TILE) * -(-width // TILE)
+    return Work(tiles, batch * height * width, inputs, outputs)
+
+
+def pays(task: Work) -> bool:
+    """Whether Winograd convolves faster than oneDNN.
+
+    Costs are counted in multiply-adds. A transformed channel of a tile costs as much as 900, of
+    which half is waiting for memory, a transformed weight as much as 1700, and a call starts threads
+    four times. docs/maths/winograd.md has the measurements.
+    """
+    tiles, pixels, inputs, outputs = task
+    ours = 36 * tiles * inputs * outputs + 900 * tiles * (inputs + outputs)
+    ours += 1700 * inputs * outputs + 3_000_000
+    return ours < 9 * pixels * inputs * outputs
+
+
+def pays_for_weights(task: Work) -> bool:
+    """The same for the gradient of the weights.
+
+    Both operands are transformed anew for every 128 channels of the other one; a transformed weight
+    is summed over groups of tiles.
+    """
+    tiles, pixels, inputs, outputs = task
+    again = -(-inputs // 192) + -(-outputs // 192)
+    ours = 36 * tiles * inputs * outputs + 450 * again * tiles * (inputs + outputs)
+    ours += 1700 * inputs * outputs + 3_000_000
+    return ours < 9 * pixels * inputs * outputs
+
+
+def unsupported(x: Tensor, weight: Tensor) -> str | None:
+    """Why Winograd cannot take a convolution, or its gradients, of ``x``; or None."""
+    if EXTENSION_MISSING:
+        return EXTENSION_MISSING
+    if not _switch["on"]:
+        return "it is switched off"
+    if x.dtype != torch.float32:
+        return f"{x.dtype} is not float32"
+    if max(weight.shape[:2]) > MOST_CHANNELS:
+        return f"more than {MOST_CHANNELS} channels"
+    if not _exact():
+        return "less than float32 is allowed"
+    return None
+
+
+def serves(x: Tensor, weight: Tensor, padding: int) -> bool:
+    """Whether Winograd can take a convolution of ``x``, and is faster."""
+    if unsupported(x, weight):
+        return False
+    c_out, c_all = weight.shape[:2]
+    height, width = (n - 2 + 2 * padding for n in x.shape[2:])
+    return pays(work(x.shape[0], height, width, c_all, c_out))
+
+
+def conv_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: int,
+    skip: Tensor | None,
+    pool: bool,
+) -> tuple[Tensor, Tensor]:
+    """Convolution, bias and ReLU, and with ``pool`` the pooled copy."""
+    x, skip = _channels_last(x), None if skip is None else _channels_last(skip)
+    y, pooled = torch.ops.fastunet.winograd_conv_relu(x, weight, bias, padding, skip, pool)
+    return _images(y), _images(pooled) if pool else pooled
+
+
+def gradients(
+    masked: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    skip: Tensor | None,
+    padding: int,
+    needed: list[bool],
+    relu_made_x: bool,
+) -> tuple[list[Tensor], list[bool]]:
+    """Gradients of x, weight, bias and skip where Winograd is faster, and which are still needed.
+
+    Args:
+        masked: the gradient of the convolution.
+        needed: which of the four are. The others are empty, and so are those that are left.
+        relu_made_x: whether that of ``x`` is zero where ``x`` is not above zero.
+    """
+    grad_x = grad_weight = grad_bias = grad_skip = x.new_empty(0)
+    need_x, need_weight, need_bias, need_skip = needed
+    if not unsupported(x, weight):
+        c_out, c_all = weight.shape[:2]
+        batch = x.shape[0]
+        grad = _channels_last(masked)
+        if (need_x or need_skip) and pays(work(batch, *x.shape[2:], c_out, c_all)):
+            mask = _channels_last(x) if relu_made_x else x
+            grad_x, grad_skip = torch.ops.fastunet.winograd_grad_input(
+                grad, weight, padding, mask, skip, need_x, need_skip, relu_made_x
+            )
+            grad_x = laid_out_like(_images(grad_x), x) if need_x else grad_x
+            if need_skip and skip is not None:
+                grad_skip = laid_out_like(_images(grad_skip), skip)
+            need_x = need_skip = False
+        if need_weight and pays_for_weights(work(batch, *grad.shape[2:], c_all, c_out)):
+            x, skip = _channels_last(x), None if skip is None else _channels_last(skip)
+            grad_weight, grad_bias = torch.ops.fastunet.winograd_grad_weight(
+                grad, x, skip, padding, need_bias
+            )
+            grad_weight = laid_out_like(_images(grad_weight), weight)
+            need_weight = need_bias = False
+    rest = [need_x, need_weight, need_bias, need_skip]
+    return [grad_x, grad_weight, grad_bias, grad_skip], rest
+
+
+def _exact() -> bool:
+    """Whether convolutions and matrix products are computed in float32, and not in less."""
+    precision = torch._C._get_fp32_precision_getter
+    return all(precision("mkldnn", kind) in ("none", "ieee") for kind in ("matmul", "conv"))
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """``images``, or a copy, with the channels of a pixel next to each other."""
+    if images.stride(1) == 1 or images.shape[1] == 1:
+        return images
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _images(tensor: Tensor) -> Tensor:
+    return tensor.permute(0, 3, 1, 2)
