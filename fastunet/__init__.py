@@ -12,6 +12,7 @@ from .ops import (
     crop_concat,
     separate_touching,
     up_conv,
+    use_winograd,
     weight_map,
     weighted_cross_entropy,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "predict",
     "separate_touching",
     "up_conv",
+    "use_winograd",
     "weight_map",
     "weighted_cross_entropy",
 ]

@@ -41,6 +41,8 @@ def doctor(as_json: AsJson = False) -> None:
     served = {(row.operator, row.device): row.backend for row in rows}
     if device.type == "cuda" and served["conv_relu", "cuda"] == "triton":
         facts["convolutions"] = _tuned(device)
+    elif device.type == "cpu":
+        facts["convolutions"] = _by_winograd()
     if as_json:
         print_result({**facts, "operators": [asdict(row) for row in rows]}, as_json)
         return
@@ -60,6 +62,16 @@ def _tuned(device: "torch.device") -> str:
     if path.exists():
         return f"Triton or cuDNN as measured in {path}; {float32}"
     return f"Triton or cuDNN by a rule, which `fastunet tune` replaces; {float32}"
+
+
+def _by_winograd() -> str:
+    """Which algorithm convolves in float32 on the CPU."""
+    from ..ops.conv_relu import winograd
+
+    why = winograd.why_not_here()
+    if why is None:
+        return "float32 by Winograd's F(4x4, 3x3) where that is faster, otherwise oneDNN"
+    return f"float32 in oneDNN, not by Winograd's algorithm: {why}"
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """The public operators; each falls back to plain PyTorch where no kernel serves."""
 
 from . import eager
-from .conv_relu import conv_relu, conv_relu_pair
+from .conv_relu import conv_relu, conv_relu_pair, use_winograd
 from .crop_concat import crop_concat
 from .up_conv import up_conv
 from .weight_map import separate_touching, weight_map
@@ -14,6 +14,7 @@ __all__ = [
     "eager",
     "separate_touching",
     "up_conv",
+    "use_winograd",
     "weight_map",
     "weighted_cross_entropy",
 ]

@@ -1,5 +1,6 @@
 """conv_relu against eager PyTorch and float64."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +24,14 @@ SHAPES = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.fixture(autouse=True)
+def _plain() -> Iterator[None]:
+    """Winograd's algorithm has a bound of its own, in test_winograd.py."""
+    before = fastunet.use_winograd(False)
+    yield
+    fastunet.use_winograd(before)
 
 
 def inputs(

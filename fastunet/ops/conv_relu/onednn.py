@@ -1,7 +1,7 @@
-"""``conv_relu`` on the CPU: PyTorch's oneDNN convolutions between native passes, or something faster.
+"""``conv_relu`` on the CPU: PyTorch's oneDNN convolutions between native passes, or what is faster.
 
-Float32 convolutions run by Winograd's algorithm where that is faster (``winograd.py``), bfloat16 ones
-on AMX where there is one. The rest is oneDNN's.
+Float32 convolutions run by Winograd's algorithm where that is faster (``winograd.py``), bfloat16
+ones on AMX. The rest is oneDNN's.
 
 oneDNN could clamp in the convolution itself, but then turns NaN into 0; ``relu_pool_`` keeps it and
 takes no longer than a max-pooling alone. It could also add the convolution of ``x`` to that of the

@@ -42,10 +42,10 @@ _switch = {"on": True}
 def use_winograd(on: bool) -> bool:
     """Let float32 convolutions on the CPU run by Winograd's algorithm where it is faster, or not.
 
-    It is on to begin with. Results differ from the plain convolution's by up to 5e-6 of their
-    largest magnitude instead of by a few times 1e-7, and a NaN or an infinity reaches all outputs of
-    the 4x4 tiles that read it. The setting is the process's, for all threads, and holds for compiled
-    networks too: it is looked up in each call.
+    It is on to begin with. Results are then off by up to 5e-6 of their largest magnitude, where
+    those of the plain convolution are by a few times 1e-7, and a NaN or an infinity reaches all
+    outputs of the 4x4 tiles that read it, as NaN. The setting is the process's, for all threads,
+    and holds for compiled networks too: it is looked up in each call.
 
     Args:
         on: whether it may run.
@@ -56,16 +56,17 @@ def use_winograd(on: bool) -> bool:
 
 
 class Work(NamedTuple):
-    """What one convolution has to do."""
+    """What one convolution has to do: its tiles and pixels, its input and output channels."""
 
     tiles: int
-    pixels: int  # of the result
-    inputs: int  # channels
+    pixels: int
+    inputs: int
     outputs: int
 
 
-def work(batch: int, height: int, width: int, inputs: int, outputs: int) -> Work:
-    """The work of a convolution whose result is [batch, outputs, height, width]."""
+def work(x: Tensor, padding: int, inputs: int, outputs: int) -> Work:
+    """The work of a convolution of ``x``; a gradient is one too."""
+    batch, (height, width) = x.shape[0], (n - 2 + 2 * padding for n in x.shape[2:])
     tiles = batch * -(-height // TILE) * -(-width // TILE)
     return Work(tiles, batch * height * width, inputs, outputs)
 
@@ -73,9 +74,9 @@ def work(batch: int, height: int, width: int, inputs: int, outputs: int) -> Work
 def pays(task: Work) -> bool:
     """Whether Winograd convolves faster than oneDNN.
 
-    Costs are counted in multiply-adds. A transformed channel of a tile costs as much as 900, of
-    which half is waiting for memory, a transformed weight as much as 1700, and a call starts threads
-    four times. docs/maths/winograd.md has the measurements.
+    Costs are counted in multiply-adds: a channel of a tile that is transformed, much of which is
+    waiting for memory, a weight, and a call, which starts threads several times.
+    docs/maths/winograd.md has the measurements.
     """
     tiles, pixels, inputs, outputs = task
     ours = 36 * tiles * inputs * outputs + 900 * tiles * (inputs + outputs)
@@ -96,19 +97,24 @@ def pays_for_weights(task: Work) -> bool:
     return ours < 9 * pixels * inputs * outputs
 
 
-def unsupported(x: Tensor, weight: Tensor) -> str | None:
-    """Why Winograd cannot take a convolution, or its gradients, of ``x``; or None."""
+def why_not_here() -> str | None:
+    """Why Winograd serves nothing in this process as it is set up, or None."""
     if EXTENSION_MISSING:
         return EXTENSION_MISSING
     if not _switch["on"]:
         return "it is switched off"
+    if not _exact():
+        return "less than float32 is allowed"
+    return None
+
+
+def unsupported(x: Tensor, weight: Tensor) -> str | None:
+    """Why Winograd cannot take a convolution of ``x``, or its gradients; or None."""
     if x.dtype != torch.float32:
         return f"{x.dtype} is not float32"
     if max(weight.shape[:2]) > MOST_CHANNELS:
         return f"more than {MOST_CHANNELS} channels"
-    if not _exact():
-        return "less than float32 is allowed"
-    return None
+    return why_not_here()
 
 
 def serves(x: Tensor, weight: Tensor, padding: int) -> bool:
@@ -116,8 +122,7 @@ def serves(x: Tensor, weight: Tensor, padding: int) -> bool:
     if unsupported(x, weight):
         return False
     c_out, c_all = weight.shape[:2]
-    height, width = (n - 2 + 2 * padding for n in x.shape[2:])
-    return pays(work(x.shape[0], height, width, c_all, c_out))
+    return pays(work(x, padding, c_all, c_out))
 
 
 def conv_relu(
@@ -145,18 +150,15 @@ def gradients(
 ) -> tuple[list[Tensor], list[bool]]:
     """Gradients of x, weight, bias and skip where Winograd is faster, and which are still needed.
 
-    Args:
-        masked: the gradient of the convolution.
-        needed: which of the four are. The others are empty, and so are those that are left.
-        relu_made_x: whether that of ``x`` is zero where ``x`` is not above zero.
+    ``masked`` is the gradient of the convolution; with ``relu_made_x`` that of ``x`` is zero where
+    ``x`` is not above zero. What is not needed, and what is left, is empty.
     """
     grad_x = grad_weight = grad_bias = grad_skip = x.new_empty(0)
     need_x, need_weight, need_bias, need_skip = needed
     if not unsupported(x, weight):
         c_out, c_all = weight.shape[:2]
-        batch = x.shape[0]
         grad = _channels_last(masked)
-        if (need_x or need_skip) and pays(work(batch, *x.shape[2:], c_out, c_all)):
+        if (need_x or need_skip) and pays(work(grad, 2 - padding, c_out, c_all)):
             mask = _channels_last(x) if relu_made_x else x
             grad_x, grad_skip = torch.ops.fastunet.winograd_grad_input(
                 grad, weight, padding, mask, skip, need_x, need_skip, relu_made_x
@@ -165,7 +167,7 @@ def gradients(
             if need_skip and skip is not None:
                 grad_skip = laid_out_like(_images(grad_skip), skip)
             need_x = need_skip = False
-        if need_weight and pays_for_weights(work(batch, *grad.shape[2:], c_all, c_out)):
+        if need_weight and pays_for_weights(work(x, padding, c_all, c_out)):
             x, skip = _channels_last(x), None if skip is None else _channels_last(skip)
             grad_weight, grad_bias = torch.ops.fastunet.winograd_grad_weight(
                 grad, x, skip, padding, need_bias

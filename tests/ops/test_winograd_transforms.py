@@ -1,0 +1,67 @@
+"""Winograd's transforms by themselves: under sanitizers, and with wrong coefficients."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ..accuracy import WINOGRAD_ERROR
+
+ROOT = Path(__file__).parents[2]
+TRANSFORMS = ROOT / "csrc" / "cpu" / "winograd.cpp"
+DRIVER = ROOT / "tests" / "ops" / "winograd_driver.cpp"
+
+# one wrong coefficient each
+MUTANTS = [
+    ("even_a - kA2 * (d[2]", "even_a - kB2 * (d[2]"),
+    ("v[3] = even_b + kB * odd_b", "v[3] = even_b + kA * odd_b"),
+    ("u[5] = g[2]", "u[5] = g[1]"),
+    ("{kScaleB, -kScaleB * kB,", "{kScaleB, -kScaleB * kA,"),
+    ("y[2] = kA2 * sum_a + kB2 * sum_b", "y[2] = kA2 * sum_a + kA2 * sum_b"),
+    ("odd_b = kB * y[1] + kB3 * y[3]", "odd_b = kB * y[1] + kA3 * y[3]"),
+    ("g[2] = kA2 * sum_a", "g[2] = kB2 * sum_a"),
+]
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[list[float]]]:
+    """What the driver prints, for transforms of other code and compiled with further flags."""
+
+    def errors(code: str, *flags: str) -> list[list[float]]:
+        folder = tmp_path_factory.mktemp("winograd")
+        (folder / "winograd.cpp").write_text(code)
+        command = [
+            "g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+            *flags, f"-I{ROOT / 'csrc'}", f"-I{TRANSFORMS.parent}",
+            str(folder / "winograd.cpp"), str(DRIVER), "-o", str(folder / "driver"),
+        ]  # fmt: skip
+        subprocess.run(command, check=True)
+        output = subprocess.check_output([str(folder / "driver")], text=True)
+        return [[float(number) for number in line.split()] for line in output.splitlines()]
+
+    return errors
+
+
+def test_accurate(errors: Callable[..., list[list[float]]]) -> None:
+    for line in errors(TRANSFORMS.read_text(), "-O3"):
+        assert len(line) == 5
+        assert max(line) <= WINOGRAD_ERROR
+
+
+def test_sanitizers_find_nothing(errors: Callable[..., list[list[float]]]) -> None:
+    # code for several generations of processors is chosen before a sanitizer has started
+    code = re.sub(r"FASTUNET_VECTORIZED_WIDE ", "", TRANSFORMS.read_text())
+    flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    assert max(map(max, errors(code, *flags))) <= WINOGRAD_ERROR
+
+
+@pytest.mark.parametrize("change", MUTANTS, ids=str)
+def test_check_can_fail(change: tuple[str, str], errors: Callable[..., list[list[float]]]) -> None:
+    code = re.sub(r"FASTUNET_VECTORIZED_WIDE ", "", TRANSFORMS.read_text())
+    assert code.count(change[0]) == 1
+    assert max(map(max, errors(code.replace(*change)))) > 100 * WINOGRAD_ERROR
