@@ -15,8 +15,9 @@ namespace {
 // Channels of a block of the gradient, and tiles that are multiplied at a time.
 constexpr int64_t kBlock = 128;
 constexpr int64_t kTiles = 128;
-// blocks that should be there for threads to share
-constexpr int64_t kEnough = 16;
+// Tasks that are enough for threads to share, and so few that each may have as few tiles.
+constexpr int64_t kEnough = 16, kFew = 4;
+constexpr int64_t kFewestTiles = 32;
 
 struct Problem {
   std::vector<Source> sources;
@@ -55,8 +56,9 @@ struct Groups {
 };
 
 Groups groups_of(int64_t blocks, int64_t tile_count, int64_t floats) {
-  const int64_t wanted =
-      std::min({kEnough / blocks, kSharedFloats / floats, tile_count / (2 * kTiles)});
+  const int64_t divisible =
+      std::max(std::min(kFew / blocks, tile_count / kFewestTiles), tile_count / (2 * kTiles));
+  const int64_t wanted = std::min({kEnough / blocks, kSharedFloats / floats, divisible});
   const int64_t tiles = ceil_div(tile_count, std::max<int64_t>(1, wanted));
   return {ceil_div(tile_count, tiles), tiles};
 }

@@ -63,8 +63,7 @@ LARGE = [
 @pytest.fixture(autouse=True)
 def _always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Winograd serves wherever it can, and is switched on afterwards."""
-    monkeypatch.setattr(winograd, "pays", lambda task: True)
-    monkeypatch.setattr(winograd, "pays_for_weights", lambda task: True)
+    monkeypatch.setattr(winograd, "pays", lambda kind, task: True)
     yield
     fastunet.use_winograd(True)
 

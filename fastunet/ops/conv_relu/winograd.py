@@ -33,6 +33,10 @@ LIBRARY.define(
 )
 
 TILE = 4
+# multiply-adds that a transformed weight costs as much as; forward turns them around as well
+PER_WEIGHT = {"forward": 1700, "images": 1000, "weights": 850}
+# channels of the weights' gradient that are one block
+MOST_OF_BLOCK = 192
 # beyond it a single block of weights or tiles would take more memory than we promise
 MOST_CHANNELS = 4096
 
@@ -71,30 +75,22 @@ def work(x: Tensor, padding: int, inputs: int, outputs: int) -> Work:
     return Work(tiles, batch * height * width, inputs, outputs)
 
 
-def pays(task: Work) -> bool:
-    """Whether Winograd convolves faster than oneDNN.
+def pays(kind: str, task: Work) -> bool:
+    """Whether Winograd is faster than oneDNN at a convolution.
 
-    Costs are counted in multiply-adds: a channel of a tile that is transformed, much of which is
-    waiting for memory, a weight, and a call, which starts threads several times.
-    docs/maths/winograd.md has the measurements.
+    ``kind`` is "forward", or "images" or "weights" for their gradients. Costs are counted in
+    multiply-adds. The products are a quarter of the convolution's; besides there are, as measured
+    (docs/maths/winograd.md), a channel of a tile that is transformed, much of which is waiting for
+    memory, a weight, and a call, which starts threads several times.
     """
     tiles, pixels, inputs, outputs = task
-    ours = 36 * tiles * inputs * outputs + 900 * tiles * (inputs + outputs)
-    ours += 1700 * inputs * outputs + 3_000_000
-    return ours < 9 * pixels * inputs * outputs
-
-
-def pays_for_weights(task: Work) -> bool:
-    """The same for the gradient of the weights.
-
-    Both operands are transformed anew for every 128 channels of the other one; a transformed weight
-    is summed over groups of tiles.
-    """
-    tiles, pixels, inputs, outputs = task
-    again = -(-inputs // 192) + -(-outputs // 192)
-    ours = 36 * tiles * inputs * outputs + 450 * again * tiles * (inputs + outputs)
-    ours += 1700 * inputs * outputs + 3_000_000
-    return ours < 9 * pixels * inputs * outputs
+    weights = inputs * outputs
+    channels = inputs + outputs
+    if kind == "weights":
+        # both operands are transformed anew for each block of the other one's channels
+        channels *= (-(-inputs // MOST_OF_BLOCK) + -(-outputs // MOST_OF_BLOCK)) / 2
+    transforms = 900 * tiles * channels + PER_WEIGHT[kind] * weights + 1_000_000
+    return 36 * tiles * weights + transforms < 9 * pixels * weights
 
 
 def why_not_here() -> str | None:
@@ -122,7 +118,7 @@ def serves(x: Tensor, weight: Tensor, padding: int) -> bool:
     if unsupported(x, weight):
         return False
     c_out, c_all = weight.shape[:2]
-    return pays(work(x, padding, c_all, c_out))
+    return pays("forward", work(x, padding, c_all, c_out))
 
 
 def conv_relu(
@@ -158,7 +154,7 @@ def gradients(
     if not unsupported(x, weight):
         c_out, c_all = weight.shape[:2]
         grad = _channels_last(masked)
-        if (need_x or need_skip) and pays(work(grad, 2 - padding, c_out, c_all)):
+        if (need_x or need_skip) and pays("images", work(grad, 2 - padding, c_out, c_all)):
             mask = _channels_last(x) if relu_made_x else x
             grad_x, grad_skip = torch.ops.fastunet.winograd_grad_input(
                 grad, weight, padding, mask, skip, need_x, need_skip, relu_made_x
@@ -167,7 +163,7 @@ def gradients(
             if need_skip and skip is not None:
                 grad_skip = laid_out_like(_images(grad_skip), skip)
             need_x = need_skip = False
-        if need_weight and pays_for_weights(work(x, padding, c_all, c_out)):
+        if need_weight and pays("weights", work(x, padding, c_all, c_out)):
             x, skip = _channels_last(x), None if skip is None else _channels_last(skip)
             grad_weight, grad_bias = torch.ops.fastunet.winograd_grad_weight(
                 grad, x, skip, padding, need_bias
