@@ -9,6 +9,8 @@ gradients, which are the same sums, and the error.
 Weights are transformed in each call: nothing derived from them is kept, so nothing can be stale.
 """
 
+from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -31,6 +33,9 @@ LIBRARY.define(
     "winograd_grad_weight(Tensor grad, Tensor x, Tensor? skip, int padding, bool need_bias) "
     "-> (Tensor, Tensor)"
 )
+
+# of images: their number, height and width
+Size = Sequence[int]
 
 TILE = 4
 # multiply-adds that a transformed weight costs as much as; forward turns them around as well
@@ -60,7 +65,7 @@ def use_winograd(on: bool) -> bool:
 
 
 class Work(NamedTuple):
-    """What one convolution has to do: its tiles and pixels, its input and output channels."""
+    """What one convolution has to do: tiles of its result, multiply-adds by 9, channels."""
 
     tiles: int
     pixels: int
@@ -68,11 +73,14 @@ class Work(NamedTuple):
     outputs: int
 
 
-def work(x: Tensor, padding: int, inputs: int, outputs: int) -> Work:
-    """The work of a convolution of ``x``; a gradient is one too."""
-    batch, (height, width) = x.shape[0], (n - 2 + 2 * padding for n in x.shape[2:])
-    tiles = batch * -(-height // TILE) * -(-width // TILE)
-    return Work(tiles, batch * height * width, inputs, outputs)
+def work(y: Size, weight: Tensor) -> Work:
+    """The work of a convolution of result ``y``, or of the gradient of its weights."""
+    return Work(_tiles(y), prod(y), weight.shape[1], weight.shape[0])
+
+
+def work_for_images(x: Size, y: Size, weight: Tensor) -> Work:
+    """The work of the gradient of its input ``x``: tiles of that, but no more multiply-adds."""
+    return Work(_tiles(x), prod(y), weight.shape[0], weight.shape[1])
 
 
 def pays(kind: str, task: Work) -> bool:
@@ -85,7 +93,7 @@ def pays(kind: str, task: Work) -> bool:
     """
     tiles, pixels, inputs, outputs = task
     weights = inputs * outputs
-    channels = inputs + outputs
+    channels: float = inputs + outputs
     if kind == "weights":
         # both operands are transformed anew for each block of the other one's channels
         channels *= (-(-inputs // MOST_OF_BLOCK) + -(-outputs // MOST_OF_BLOCK)) / 2
@@ -117,8 +125,8 @@ def serves(x: Tensor, weight: Tensor, padding: int) -> bool:
     """Whether Winograd can take a convolution of ``x``, and is faster."""
     if unsupported(x, weight):
         return False
-    c_out, c_all = weight.shape[:2]
-    return pays("forward", work(x, padding, c_all, c_out))
+    height, width = (n - 2 + 2 * padding for n in x.shape[2:])
+    return pays("forward", work((x.shape[0], height, width), weight))
 
 
 def conv_relu(
@@ -152,9 +160,9 @@ def gradients(
     grad_x = grad_weight = grad_bias = grad_skip = x.new_empty(0)
     need_x, need_weight, need_bias, need_skip = needed
     if not unsupported(x, weight):
-        c_out, c_all = weight.shape[:2]
         grad = _channels_last(masked)
-        if (need_x or need_skip) and pays("images", work(grad, 2 - padding, c_out, c_all)):
+        y_size, x_size = (t.shape[:1] + t.shape[2:] for t in (grad, x))
+        if (need_x or need_skip) and pays("images", work_for_images(x_size, y_size, weight)):
             mask = _channels_last(x) if relu_made_x else x
             grad_x, grad_skip = torch.ops.fastunet.winograd_grad_input(
                 grad, weight, padding, mask, skip, need_x, need_skip, relu_made_x
@@ -163,7 +171,7 @@ def gradients(
             if need_skip and skip is not None:
                 grad_skip = laid_out_like(_images(grad_skip), skip)
             need_x = need_skip = False
-        if need_weight and pays("weights", work(x, padding, c_all, c_out)):
+        if need_weight and pays("weights", work(y_size, weight)):
             x, skip = _channels_last(x), None if skip is None else _channels_last(skip)
             grad_weight, grad_bias = torch.ops.fastunet.winograd_grad_weight(
                 grad, x, skip, padding, need_bias
@@ -172,6 +180,11 @@ def gradients(
             need_weight = need_bias = False
     rest = [need_x, need_weight, need_bias, need_skip]
     return [grad_x, grad_weight, grad_bias, grad_skip], rest
+
+
+def _tiles(size: Size) -> int:
+    batch, height, width = size
+    return batch * -(-height // TILE) * -(-width // TILE)
 
 
 def _exact() -> bool:
