@@ -11,7 +11,6 @@ from .ops import (
     conv_relu_pair,
     crop_concat,
     separate_touching,
-    up_conv,
     weight_map,
     weighted_cross_entropy,
 )
@@ -43,7 +42,6 @@ __all__ = [
     "ops",
     "predict",
     "separate_touching",
-    "up_conv",
     "weight_map",
     "weighted_cross_entropy",
 ]
