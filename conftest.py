@@ -1,10 +1,17 @@
 """``pytest --benchmark`` runs the benchmarks and nothing else; plain ``pytest`` runs none."""
 
+import sys
 from pathlib import Path
 
 import pytest
+from fastunet_command import spin_briefly
 
 SUITE = Path(__file__).parent / "benchmarks" / "pytest_suite.py"
+
+
+# as the console script does; the tests, which import torch, are found before any hook runs
+if "--benchmark" in sys.argv:
+    spin_briefly()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

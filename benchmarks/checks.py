@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .cases import OURS, Call, Case, Contender
+from .cases import OURS, Call, Case, Contender, in_turn
+from .timing import Clock
 
 # who computes, by the module that it is called from
 PYTHON_BACKENDS = {"triton_kernels": "triton", "onednn": "onednn", "gpu": "cudnn"}
@@ -25,7 +26,7 @@ class Trial:
 
     Args:
         contender: which.
-        call: one run of it.
+        call: one run of it, on the next of its sets of inputs.
         backend: who computes; for fastunet "reference", "cpp", "onednn", "triton", "cudnn" or
             "cuda", by operator where they differ.
         errors: largest absolute error of each result.
@@ -44,14 +45,15 @@ class Judge:
     the tests. Of others it is only asked that they compute the same: half of the digits agree.
     """
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, clock: Clock) -> None:
         if "torch._dynamo" in sys.modules:
             # or the shapes of earlier cases would use up its limit, and this one would run eagerly
             torch.compiler.reset()
         self._inputs = case.inputs()
+        self._copies = clock.copies(sum(tensor.nbytes for tensor in self._inputs.values()))
         self._exact = case.exact(self._inputs)
         self._trials = {c.name: self._run(c) for c in case.contenders if c.trusted}
-        rounding = torch.finfo(case.dtype).eps
+        rounding = torch.finfo(case.dtype).eps if case.dtype.is_floating_point else 0.0
         self._strict, self._lenient = [], []
         for exact, *errors in zip(
             self._exact, *(trial.errors for trial in self._trials.values()), strict=True
@@ -73,13 +75,13 @@ class Judge:
         return trial
 
     def _run(self, contender: Contender) -> Trial:
-        call = contender.prepare(self._inputs)
+        first, *others = contender.prepare([self._inputs] * self._copies)
         backend = contender.backend
         if contender.name == OURS:
-            outputs, served = watch(call)
+            outputs, served = watch(first)
             backend = _named(served)
         else:
-            outputs = call()
+            outputs = first()
         shapes, exact_shapes = ([list(t.shape) for t in ts] for ts in (outputs, self._exact))
         if shapes != exact_shapes:
             raise RefusedError(f"results have shapes {shapes}, should have {exact_shapes}")
@@ -87,7 +89,9 @@ class Judge:
             _largest(actual.detach().to(exact) - exact)
             for actual, exact in zip(outputs, self._exact, strict=True)
         ]
-        return Trial(contender, call, backend, errors)
+        for call in others:
+            call()
+        return Trial(contender, in_turn([first, *others]), backend, errors)
 
 
 def watch(call: Call) -> tuple[tuple[Tensor, ...], dict[str, str]]:
