@@ -149,7 +149,8 @@ def predict(model: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtyp
     """The logits."""
 
     def call() -> tuple[Tensor, ...]:
-        with torch.inference_mode(), _precision(images.device, dtype):
+        # torch.compile freezes weights without gradients, but not in inference mode
+        with torch.no_grad(), _precision(images.device, dtype):
             return (model(images),)
 
     return call

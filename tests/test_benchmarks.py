@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import record, run
-from benchmarks.cases import OURS, Case, Contender, Inputs, Setting, bind
+from benchmarks.cases import OURS, Case, Contender, Inputs, Setting, bind, each
 from benchmarks.checks import Judge, RefusedError, watch
 from benchmarks.figure import arrows
+from benchmarks.measure import time_cases
 from benchmarks.ops import bench_weight_map
 from benchmarks.timing import Clock, Effort, interleave, measure_ceilings, speedup, summary
 from fastunet import UNet, ops
@@ -48,7 +49,7 @@ def test_arrows_are_the_network(size: int, widths: tuple[int, ...]) -> None:
 
 def test_conv_relu_bytes() -> None:
     # 1 x 1 -> 64 at 188: the image, 9 taps and a bias a channel, 64 images of 186
-    case = run.BENCHES["conv_relu"].cases(Setting(CPU, (torch.float32,), size=188))[0]
+    case = run.BENCHES["conv_relu"].cases(Setting(CPU, (torch.float32,), sizes=(188,)))[0]
     assert case.moved_bytes == 4 * (188**2 + 64 * 9 + 64 + 64 * 186**2)
     assert case.flops == 2 * 9 * 64 * 186**2
 
@@ -67,9 +68,9 @@ def test_case_names_are_unique(name: str, quick: bool) -> None:
 @pytest.mark.parametrize("name", run.BENCHES)
 def test_contenders_agree(name: str, device: torch.device) -> None:
     size = 64 if name == "weight_map" else 188
-    for case in run.BENCHES[name].cases(Setting(device, (torch.float32,), size=size, quick=True)):
+    for case in run.BENCHES[name].cases(Setting(device, (torch.float32,), sizes=(size,), quick=True)):
         if case.flops < 3e9:
-            judge = Judge(case)
+            judge = Judge(case, Clock(device))
             for contender in case.contenders:
                 if not contender.skip:
                     judge.admit(contender)
@@ -79,7 +80,9 @@ def _case(ours: Callable[..., Any], leaves: Sequence[str] = ("x",)) -> Case:
     """Doubling of 8 numbers, in plain PyTorch and by ``ours``."""
 
     def contender(name: str, function: Callable[..., Any], *, trusted: bool = False) -> Contender:
-        return Contender(name, lambda given: bind(function, given, leaves), trusted=trusted)
+        return Contender(
+            name, each(lambda given: bind(function, given, leaves)), trusted=trusted
+        )
 
     def twice(x: Tensor) -> Tensor:
         return x + x
@@ -92,6 +95,12 @@ def _case(ours: Callable[..., Any], leaves: Sequence[str] = ("x",)) -> Case:
 
     contenders = (contender("eager", twice, trusted=True), contender(OURS, ours))
     return Case("double", "8", torch.float32, inputs, exact, contenders, moved_bytes=64)
+
+
+def _rows(case: Case) -> list[record.Row]:
+    setting = run.choose("cpu", quick=True)
+    ((_, timings),) = time_cases([case], setting, record.environment(CPU))
+    return [timing.row for timing in timings]
 
 
 @pytest.fixture
@@ -131,16 +140,16 @@ def test_watch_sees_backward() -> None:
 
 def test_silent_fallback_is_refused(probe: torch.library.Library) -> None:
     case = _case(_probe, leaves=())
-    assert Judge(case).admit(case.contenders[1]).backend == "reference"
+    assert Judge(case, Clock(CPU)).admit(case.contenders[1]).backend == "reference"
     probe.impl("probe", lambda x: probe_reference(x), "CPU")
     with pytest.raises(RefusedError, match="probe: a cpu kernel is there, but the reference ran"):
-        Judge(case).admit(case.contenders[1])
+        Judge(case, Clock(CPU)).admit(case.contenders[1])
 
 
 def test_bypassed_operator_is_refused() -> None:
     case = _case(lambda x: x + x)
     with pytest.raises(RefusedError, match="none of fastunet's operators ran"):
-        Judge(case).admit(case.contenders[1])
+        Judge(case, Clock(CPU)).admit(case.contenders[1])
 
 
 @pytest.mark.parametrize(
@@ -156,7 +165,7 @@ def test_wrong_kernel_is_refused(
 ) -> None:
     case = _case(wrong, leaves=())
     with pytest.raises(RefusedError, match=message):
-        Judge(case).admit(case.contenders[1])
+        Judge(case, Clock(CPU)).admit(case.contenders[1])
 
 
 def test_refused_row_has_no_time(
@@ -166,16 +175,16 @@ def test_refused_row_has_no_time(
     console, text = _console()
     assert _run_only(monkeypatch, wrong, console) == 1
     assert "fastunet refused: result 0 is off by 0.001" in text.getvalue()
-    rows = run.time_case(wrong, run.choose("cpu", quick=True), record.environment(CPU))
+    rows = _rows(wrong)
     assert [(row.status, row.ms is None) for row in rows] == [("timed", False), ("refused", True)]
 
 
 def test_rivals_need_only_half_of_the_digits(probe: torch.library.Library) -> None:
     case = _case(_probe, leaves=())
-    judge = Judge(case)
+    judge = Judge(case, Clock(CPU))
 
     def off_by(error: float) -> Contender:
-        return Contender("rival", lambda given: lambda: (2 * given["x"] + error,))
+        return Contender("rival", each(lambda given: lambda: (2 * given["x"] + error,)))
 
     judge.admit(off_by(1e-5))
     with pytest.raises(RefusedError, match=r"result 0 is off by 0\.01, allowed 0\.00069"):
@@ -187,16 +196,16 @@ def test_failing_contender_is_named(probe: torch.library.Library) -> None:
         raise RuntimeError("out of luck\nand of memory")
 
     case = _case(broken, leaves=())
-    *_, row = run.time_case(case, run.choose("cpu", quick=True), record.environment(CPU))
+    *_, row = _rows(case)
     assert (row.status, row.reason) == ("failed", "RuntimeError: out of luck")
 
 
 def test_missing_rival_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_weight_map, "find_spec", lambda name: None)
-    case, *_ = bench_weight_map.cases(Setting(CPU, (torch.float32,), size=32, quick=True))
-    rows = run.time_case(case, run.choose("cpu", quick=True), record.environment(CPU))
-    assert record.notes(rows) == [
-        "weight_map: edt, two smallest skipped: edt is not installed (1 x 20 cells, 32x32)"
+    case, *_ = bench_weight_map.cases(Setting(CPU, (torch.float32,), sizes=(32,), quick=True))
+    assert record.notes(_rows(case)) == [
+        "weight_map: edt, two smallest skipped: edt is not installed (1 x 20 cells, 32x32)",
+        "weight_map: cuCIM, two smallest skipped: compared on GPUs only (1 x 20 cells, 32x32)",
     ]
 
 
@@ -219,7 +228,7 @@ def test_interleaving_spreads_drift() -> None:
     clocks = [DriftingClock(speed, log) for speed in (1.0, 2.0, 4.0)]
     samples = interleave([lambda: None] * 3, clocks, Effort(1e-6, fewest=40, most=99))
     assert samples.shape == (3, 40)
-    rounds = np.array(log[3:]).reshape(40, 3)
+    rounds = np.array(log[-120:]).reshape(40, 3)
     assert (np.sort(rounds) == (1.0, 2.0, 4.0)).all()
     assert len({tuple(order) for order in rounds}) > 1
     # one after the other, the last would have come out at less than half of its speed
@@ -248,7 +257,7 @@ def test_clock(device: torch.device) -> None:
         min(clock.sample(partial(x.add_, 1), 1) for _ in range(20)) for x in (small, large)
     )
     assert 0 < few < many / 4
-    repeats, _ = clock.repeats(lambda: small.add_(1))
+    repeats, _ = clock.warm_up(lambda: small.add_(1))
     assert repeats == 1 if device.type == "cuda" else repeats > 1
     ceilings = measure_ceilings(device, torch.float32)
     copied = torch.empty_like(large)
@@ -274,7 +283,7 @@ def _run_only(monkeypatch: pytest.MonkeyPatch, case: Case, console: Console, **o
 def test_run_records_and_compares(tmp_path: Path) -> None:
     console, text = _console()
     path, charts = tmp_path / "out" / "rows.json", tmp_path / "charts"
-    options: dict[str, Any] = {"device": "cpu", "size": 32, "quick": True, "console": console}
+    options: dict[str, Any] = {"device": "cpu", "sizes": [32], "quick": True, "console": console}
     assert run.run(["weight_map"], json_path=path, plot=charts, fail_under=1e-6, **options) == 0
 
     rows = json.loads(path.read_text())
@@ -286,48 +295,67 @@ def test_run_records_and_compares(tmp_path: Path) -> None:
     assert all(row["p20_ms"] <= row["ms"] <= row["p80_ms"] for row in timed)
     assert "| 1 x 20 cells, 32x32, float32 | fastunet |" in path.with_suffix(".md").read_text()
     assert {file.name for file in charts.iterdir()} == {
-        "speedup-weight_map.png",
-        "speedup-weight_map.svg",
+        "speedup-weight_map-float32.png",
+        "speedup-weight_map-float32.svg",
     }
-    assert (charts / "speedup-weight_map.png").read_bytes().startswith(b"\x89PNG")
+    assert (charts / "speedup-weight_map-float32.png").read_bytes().startswith(b"\x89PNG")
 
     rows[-1]["threads"] = 99
     rows[0]["threads"] = 99
     path.write_text(json.dumps(rows))
     assert run.run(["weight_map"], compare=path, fail_under=1e6, **options) == 1
     assert "threads: 99 before" in text.getvalue()
-    assert "under 1e+06x" in text.getvalue()
+    assert "slower than 1e+06x" in text.getvalue()
 
 
-def test_changes() -> None:
-    row = record.Row(
-        operator="weight_map",
-        case="a",
-        dtype="float32",
-        layout="contiguous",
-        contender=OURS,
-        environment=record.environment(CPU),
-        baseline="scipy",
-        status="timed",
-        ms=2.0,
-        p20_ms=1.9,
-        p80_ms=2.1,
+def _row(**values: Any) -> record.Row:
+    defaults: dict[str, Any] = {
+        "operator": "weight_map",
+        "case": "a",
+        "dtype": "float32",
+        "layout": "contiguous",
+        "contender": OURS,
+        "environment": record.environment(CPU),
+        "baseline": "scipy",
+        "status": "timed",
+        "ms": 2.0,
+        "p20_ms": 1.9,
+        "p80_ms": 2.1,
+        "low_ms": 1.95,
+        "high_ms": 2.05,
+    }
+    return record.Row(**{**defaults, **values})
+
+
+@pytest.mark.parametrize(
+    ("old", "clear", "same"), [(6.0, True, False), (2.15, False, False), (2.05, False, True)]
+)
+def test_changes(old: float, clear: bool, same: bool) -> None:
+    row = _row()
+    before = replace(
+        row, ms=old, p20_ms=old - 0.1, p80_ms=old + 0.1, low_ms=old - 0.05, high_ms=old + 0.05
     )
-    for old, clear in ((6.0, True), (2.2, False)):
-        before = replace(row, ms=old, p20_ms=old - 0.2, p80_ms=old + 0.2).flat()
-        (change,) = record.changes([row], [before, {**before, "case": "b"}])
-        assert (round(change.factor, 6), change.clear) == (old / 2, clear)
-    assert not record.changes([row], [{**row.flat(), "ms": None}])
-    assert record.moved([row], [row.flat()]) == []
+    (change,) = record.changes([row], [before, replace(before, case="b")])
+    assert (change.factor, change.clear, change.same) == (old / 2, clear, same)
+    assert not record.changes([row], [replace(row, ms=None)])
+
+
+def test_moved() -> None:
+    row = _row()
+    assert record.moved([row], [row]) == []
+    there = replace(row.environment, threads=99)
+    (difference,) = record.moved([row], [replace(row, environment=there)])
+    assert difference.startswith("threads: 99 before")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"operators": ["conv"]}, "no benchmark is called 'conv'; there are conv_relu"),
-        ({"dtype": "float64"}, "dtype must be one of float32, bfloat16, float16, got 'float64'"),
-        ({"size": 0}, "size must be positive, got 0"),
-        ({"batch": -1}, "batch must be positive, got -1"),
+        ({"dtypes": ["float64"]}, "dtype must be one of float32, bfloat16, float16, got 'float64'"),
+        ({"sizes": [0]}, "size must be positive, got 0"),
+        ({"batches": [-1]}, "batch must be positive, got -1"),
+        ({"resume": True}, "resume needs json"),
         ({"device": "meta"}, "benchmarks run on cpu or cuda, got 'meta'"),
         ({"compare": Path("absent.json")}, "absent.json: cannot be read"),
     ],
