@@ -41,7 +41,7 @@ class Effort:
         return min(max(round(self.seconds * 1e3 / round_ms), self.fewest), self.most)
 
 
-FULL = Effort(seconds=3.0, fewest=7, most=200)
+FULL = Effort(seconds=3.0, fewest=5, most=200)
 QUICK = Effort(seconds=0.6, fewest=3, most=40, visits=5)
 
 
