@@ -4,13 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from fastunet_command import spin_briefly
 
 SUITE = Path(__file__).parent / "benchmarks" / "pytest_suite.py"
 
 
-# as the console script does; the tests, which import torch, are found before any hook runs
+# as the console script does; before any hook runs, tests/conftest.py has imported torch
 if "--benchmark" in sys.argv:
+    from fastunet_command import spin_briefly
+
     spin_briefly()
 
 

@@ -92,9 +92,7 @@ def _case(batch: int, size: int, dtype: torch.dtype, training: bool, setting: Se
         return prepared
 
     def compiled(mode: str | None) -> Prepare:
-        return prepare(
-            ops.eager, "channels_last", partial(torch.compile, dynamic=False, mode=mode)
-        )
+        return prepare(ops.eager, "channels_last", partial(torch.compile, dynamic=False, mode=mode))
 
     def frozen(model: Any) -> Any:
         return torch.compile(model, dynamic=False, options={"freezing": True})

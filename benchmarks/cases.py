@@ -49,7 +49,7 @@ class Setting:
     def shapes(self, full: Sequence[Shape], quick: Sequence[Shape]) -> list[Shape]:
         """Batch and size of each case, the important ones first.
 
-        Whatever was asked for takes the place of the file's own; of what was not, the first is taken.
+        What was asked for takes the place of the file's own; of what was not, the first is taken.
         """
         own = quick if self.quick else full
         if not (self.sizes or self.batches):
@@ -58,7 +58,7 @@ class Setting:
         return [(b, n) for n in self.sizes or (size,) for b in self.batches or (batch,)]
 
     def layer_shapes(self, quick_size: int) -> list[Shape]:
-        """Batch and size of the network whose layers are timed alone: figure 1's, on GPUs in batches."""
+        """Batch and size of the network whose layers are timed: figure 1's, on GPUs in batches."""
         batches = (1,) if self.device.type == "cpu" else (1, 16, 4)
         full = [(batch, PAPER_SIZE) for batch in batches]
         return self.network_shapes(full, quick=[(1, quick_size)])

@@ -39,9 +39,7 @@ def engines(network: Network, dtype: torch.dtype, setting: Setting) -> tuple[Con
             or _why_not("onnxruntime")
             or (None if dtype == torch.float32 else "its convolutions on CPUs are float32"),
         ),
-        Contender(
-            "OpenVINO", openvino, backend="openvino", skip=absent or _why_not("openvino")
-        ),
+        Contender("OpenVINO", openvino, backend="openvino", skip=absent or _why_not("openvino")),
     )
 
 

@@ -65,7 +65,12 @@ def time_cases(
         for case, found in zip(cases, visits, strict=True):
             found.append(visit(case, setting, effort))
     return [
-        (case, _timings(case, [_joined(of_one) for of_one in zip(*found, strict=True)], setting, where))
+        (
+            case,
+            _timings(
+                case, [_joined(of_one) for of_one in zip(*found, strict=True)], setting, where
+            ),
+        )
         for case, found in zip(cases, visits, strict=True)
     ]
 
@@ -137,9 +142,7 @@ def _timings(
     ]
 
 
-def _measured(
-    case: Case, samples: Samples, baseline: Samples, setting: Setting
-) -> dict[str, Any]:
+def _measured(case: Case, samples: Samples, baseline: Samples, setting: Setting) -> dict[str, Any]:
     """The numbers of a row, if it was timed."""
     if not len(samples):
         return {}

@@ -36,9 +36,14 @@ UNKNOWN_COLOUR = "#bbbbbb"
 BAR, MARGIN = 0.15, 1.3
 
 
+def available() -> bool:
+    """Whether there is matplotlib."""
+    return find_spec("matplotlib") is not None
+
+
 def require() -> None:
     """Raise ModuleNotFoundError, saying what to install, where there is no matplotlib."""
-    if find_spec("matplotlib") is None:
+    if not available():
         raise ModuleNotFoundError("plots need matplotlib: pip install 'fastunet[plot]'")
 
 
@@ -87,6 +92,8 @@ def speedups(rows: list[Row]) -> "Figure":
     figure = Figure(figsize=(6.5 * len(panels), MARGIN + BAR * most), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _bars(axes, panel, colours)
+        # bars of all panels are as thick
+        axes.set_ylim(most - 0.5, -1)
     _caption(figure, colours, rows, f"{rows[0].operator}, {rows[0].dtype}")
     return figure
 
@@ -104,16 +111,19 @@ def _bars(axes: "Axes", rows: list[Row], colours: dict[str, str]) -> None:
             axes.plot((low, high), (y, y), color="black", linewidth=0.8)
             weight = "bold" if row.contender == OURS else "normal"
             text = f"  {digits(row.ms)} ms"
-            axes.text(max(high, row.speedup or 0.0), y, text, va="center", fontsize=7, weight=weight)
+            axes.text(
+                max(high, row.speedup or 0.0), y, text, va="center", fontsize=7, weight=weight
+            )
             y += 1
         y += 1
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(ticks, list(groups), fontsize=8)
     title = f"{rows[0].direction}\n" if rows[0].direction else ""
-    axes.set_xlabel(f"{title}times faster than {rows[0].baseline}, with the 95 % interval", fontsize=8)
+    axes.set_xlabel(
+        f"{title}times faster than {rows[0].baseline}, with the 95 % interval", fontsize=8
+    )
     # one interval that a busy machine stretched must not shrink the bars
     axes.set_xlim(0, 1.25 * max(row.speedup or 0.0 for row in rows))
-    axes.set_ylim(y - 1, -1)
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -128,9 +138,7 @@ def roofline(rows: list[Row]) -> "Figure":
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     colours = _colours(rows)
     panels = [[row for row in rows if row.dtype == dtype] for dtype in dtypes]
-    numbers = {
-        case: i for i, case in enumerate(dict.fromkeys(row.case for row in rows), 1)
-    }
+    numbers = {case: i for i, case in enumerate(dict.fromkeys(row.case for row in rows), 1)}
     key = [f"{number:>2}  {case}" for case, number in numbers.items()]
     height = max(5.0, MARGIN + 0.145 * len(key))
     figure = Figure(figsize=(6.5 * len(panels) + 3.5, height), layout="constrained")
@@ -141,9 +149,9 @@ def roofline(rows: list[Row]) -> "Figure":
     return figure
 
 
-def _roof(
-    axes: "Axes", rows: list[Row], colours: dict[str, str], numbers: dict[str, int]
-) -> None:
+def _roof(axes: "Axes", rows: list[Row], colours: dict[str, str], numbers: dict[str, int]) -> None:
+    from matplotlib.ticker import LogLocator
+
     for row in rows:
         ours = row.contender == OURS
         at = (_intensity(row), row.tflop_s or 0.0)
@@ -174,9 +182,12 @@ def _roof(
         f"{rows[0].dtype}: copies {byte_rate(copy_gb_s)}, products {flop_rate(matmul_tflop_s)}",
         fontsize=9,
     )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(LogLocator(subs="all"))
+        axis.set_minor_formatter("")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter(lambda value, _: flop_rate(value))
-    axes.yaxis.set_minor_formatter("")
     axes.set_xlabel("operations a byte (FLOP/B)", fontsize=8)
     axes.tick_params(labelsize=8)
 

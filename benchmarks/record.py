@@ -15,7 +15,7 @@ import torch
 import fastunet
 from fastunet.files import replacing
 
-from .cases import DIRECTIONS, OURS
+from .cases import DIRECTIONS
 
 COLUMNS = (
     "case",
@@ -55,6 +55,10 @@ class Environment:
     triton: str | None
     threads: int
     tf32: str
+
+    def is_place_of(self, other: "Environment") -> bool:
+        """Whether only the commit differs, if anything."""
+        return all(getattr(self, name) == getattr(other, name) for name in _PLACE)
 
 
 @dataclass(frozen=True)
@@ -186,12 +190,20 @@ def environment(device: torch.device) -> Environment:
     )
 
 
+def slug(where: Environment) -> str:
+    """The device as the name of a file: "nvidia-h100-80gb-hbm3"."""
+    name = where.device.replace("(R)", "").replace("(TM)", "").lower()
+    threads = "" if where.driver else f" {where.threads} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name + threads).strip("-")
+
+
 def write(rows: list[Row], path: Path) -> None:
     """Write the rows to ``path`` as JSON, and beside it as a Markdown table."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps([row.flat() for row in rows], indent=1) + "\n")
     with replacing(path.with_suffix(".md")) as temporary:
-        temporary.write_text(markdown(rows))
+        # of the numbers as they are kept
+        temporary.write_text(markdown(read(path)))
 
 
 def read(path: Path) -> list[Row]:
@@ -222,13 +234,18 @@ def _row(flat: dict[str, Any]) -> Row:
     return Row(environment=Environment(**where), **values)
 
 
+def line(cells: Iterable[str]) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
 def markdown(rows: list[Row]) -> str:
     """A table an operator under a list of where and with what."""
     lines = [f"- {name}: {value}" for name, value in asdict(rows[0].environment).items()]
     for operator in dict.fromkeys(row.operator for row in rows):
-        lines += ["", f"## {operator}", "", _line(COLUMNS), _line("---" for _ in COLUMNS)]
+        lines += ["", f"## {operator}", "", line(COLUMNS), line("---" for _ in COLUMNS)]
         found = [row for row in rows if row.operator == operator]
-        lines += [_line(row.cells()) for row in found if row.status == "timed"]
+        lines += [line(row.cells()) for row in found if row.status == "timed"]
         lines += ["", *notes(found)]
     return "\n".join(lines) + "\n"
 
@@ -297,10 +314,6 @@ def byte_rate(gb_s: float) -> str:
 def flop_rate(tflop_s: float) -> str:
     """A rate in the unit that suits it."""
     return f"{digits(tflop_s)} TFLOP/s" if tflop_s >= 1 else f"{digits(tflop_s * 1e3)} GFLOP/s"
-
-
-def _line(cells: Any) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _commit() -> str:

@@ -48,7 +48,7 @@ def run(
     batches: Sequence[int] = (),
     quick: bool = False,
     json_path: Path | None = None,
-    resume: bool = False,
+    record_in: Path | None = None,
     minutes: float | None = None,
     plot: Path | None = None,
     compare: Path | None = None,
@@ -65,34 +65,47 @@ def run(
         batches: images.
         quick: few small cases, in two minutes on two cores.
         json_path: file for the rows, written after each case; a Markdown table goes beside it.
-        resume: keep rows that ``json_path`` holds of the same commit and place.
-        minutes: begin no case after these. The operators then take turns, important cases first.
+        record_in: folder that keeps a file of rows, a table and charts for each device. Rows that
+            it holds of this commit are not measured again, others of the device are replaced.
+        minutes: begin no case after these, as after an interrupt. The operators then take turns,
+            important cases first.
         plot: folder for the charts, PNG and SVG.
         compare: a file that an earlier run, or ``pytest --benchmark``, wrote.
         fail_under: the least speed-up of fastunet over the first contender of each case.
         console: where the tables go.
-    Returns: exit status: 0; ``LEFT_OVER`` if the minutes were up before the last case; ``REFUSED``
-        if a case of fastunet was refused or failed, or if the whole interval of its speed-up lies
+    Returns: exit status: 0; ``LEFT_OVER`` if time was up before the last case began; ``REFUSED`` if
+        a case of fastunet was refused or failed, or if the whole interval of its speed-up lies
         under ``fail_under``.
     Raises: ValueError for arguments that cannot work; ModuleNotFoundError for plots without
         matplotlib. Both before anything is timed.
     """
     console = console or Console()
     setting = choose(device, dtypes, sizes, batches, quick)
-    cases = plan(operators, setting, in_turns=minutes is not None)
-    if resume and json_path is None:
-        raise ValueError("resume needs json, the file with the rows to keep")
+    cases = plan(operators, setting)
+    order = {case.key: i for i, case in enumerate(cases)}
     old = record.read(compare) if compare else []
+    if record_in and (json_path or plot):
+        raise ValueError("record keeps rows and charts: it goes without json and plot")
     if plot:
         plots.require()
 
     where = record.environment(setting.device)
     console.print(f"{where.device}, torch {where.torch}, {where.threads} threads, {where.commit}")
     rows: list[Row] = []
-    if resume and json_path and json_path.exists():
-        rows = [row for row in record.read(json_path) if row.environment == where]
-        console.print(f"{len(rows)} rows are kept from {json_path}")
-    for each in setting.dtypes:
+    if record_in:
+        json_path = record_in / f"{record.slug(where)}.json"
+        if json_path.exists():
+            rows = [row for row in record.read(json_path) if where.is_place_of(row.environment)]
+            console.print(f"{len(rows)} rows are kept from {json_path}")
+        if plots.available():
+            plot = json_path.with_suffix("")
+        else:
+            console.print("no charts: matplotlib is not installed")
+    finished = {row.case_key for row in rows if row.environment == where}
+    cases = [case for case in cases if case.key not in finished]
+    if minutes is not None:
+        cases = in_turns(cases)
+    for each in setting.dtypes if cases else ():
         ceilings = measure_ceilings(setting.device, each)
         console.print(
             f"ceilings: copy {ceilings.copy_gb_s:.3g} GB/s, "
@@ -100,35 +113,42 @@ def run(
         )
 
     until = time.monotonic() + (60 * minutes if minutes is not None else float("inf"))
-    finished = {row.case_key for row in rows}
-    cases = [case for case in cases if case.key not in finished]
-    left = []
-    # quick cases are visited in turns
-    for group in [cases] if quick else [[case] for case in cases]:
-        if time.monotonic() > until:
-            left += group
-            continue
-        for case, timings in time_cases(group, setting, where):
+    while cases and time.monotonic() < until:
+        # quick cases are visited in turns
+        group = cases if quick else cases[:1]
+        try:
+            timed = time_cases(group, setting, where)
+        except KeyboardInterrupt:
+            break
+        # a case may hold a network, and is let go
+        cases = cases[len(group) :]
+        for case, timings in timed:
             found = [timing.row for timing in timings]
             show.case(found, console)
-            rows += found
+            rows = [row for row in rows if row.case_key != case.key] + found
+        rows.sort(key=lambda row: order.get(row.case_key, len(order)))
         if json_path:
             record.write(rows, json_path)
-    for note in record.notes(rows):
-        console.print(note, markup=False)
-
     if plot:
         plots.draw(rows, plot)
+
+    asked = [row for row in rows if row.case_key in order]
+    for note in record.notes(asked):
+        console.print(note, markup=False)
     if compare:
-        show.changes(rows, old, compare, console)
+        show.changes(asked, old, compare, console)
+    if cases:
+        console.print(f"{len(cases)} cases are left, first {', '.join(cases[0].key)}")
+        return LEFT_OVER
+    return _verdict(asked, fail_under, console)
+
+
+def _verdict(rows: list[Row], fail_under: float | None, console: Console) -> int:
     ours = [row for row in rows if row.contender == OURS]
     under = [row for row in ours if row.speedup_high and row.speedup_high < (fail_under or 0)]
     if under:
         console.print(f"slower than {fail_under:g}x:")
         show.slow(under, console)
-    if left:
-        console.print(f"{len(left)} cases are left, beginning with {left[0].key}")
-        return LEFT_OVER
     return REFUSED if under or any(row.status != "timed" for row in ours) else 0
 
 
@@ -173,16 +193,18 @@ def usual_dtypes(device: torch.device, quick: bool) -> list[str]:
     return all_of_them[:1] if quick else all_of_them
 
 
-def plan(operators: Sequence[str], setting: Setting, *, in_turns: bool = False) -> list[Case]:
+def plan(operators: Sequence[str], setting: Setting) -> list[Case]:
     """The cases of the benches called ``operators``, or of all.
-
-    With ``in_turns`` the first of each bench comes before the second of any.
 
     Raises: ValueError for a name that is none of a bench.
     """
     for name in operators:
         if name not in BENCHES:
             raise ValueError(f"no benchmark is called {name!r}; there are {', '.join(BENCHES)}")
-    found = [BENCHES[name].cases(setting) for name in operators or BENCHES]
-    turns = zip_longest(*found) if in_turns else found
-    return [case for turn in turns for case in turn if case]
+    return [case for name in operators or BENCHES for case in BENCHES[name].cases(setting)]
+
+
+def in_turns(cases: Sequence[Case]) -> list[Case]:
+    """The first case of each bench before the second of any; the network begins."""
+    of_bench = [[case for case in cases if case.operator == name] for name in reversed(BENCHES)]
+    return [case for turn in zip_longest(*of_bench) for case in turn if case]

@@ -175,7 +175,7 @@ def _cache_bytes(device: torch.device) -> int:
 
 
 def _draws(rounds: int) -> NDArray[np.int64]:
-    """[BOOTSTRAPS, about rounds]: which rounds each resampling holds; blocks, then rounds of each."""
+    """[BOOTSTRAPS, about rounds]: the rounds of each resampling; blocks, then rounds in them."""
     blocks = min(BLOCKS, rounds)
     random = np.random.default_rng(0)
     edges = np.linspace(0, rounds, blocks + 1).round().astype(np.int64)

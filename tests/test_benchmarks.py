@@ -68,7 +68,9 @@ def test_case_names_are_unique(name: str, quick: bool) -> None:
 @pytest.mark.parametrize("name", run.BENCHES)
 def test_contenders_agree(name: str, device: torch.device) -> None:
     size = 64 if name == "weight_map" else 188
-    for case in run.BENCHES[name].cases(Setting(device, (torch.float32,), sizes=(size,), quick=True)):
+    for case in run.BENCHES[name].cases(
+        Setting(device, (torch.float32,), sizes=(size,), quick=True)
+    ):
         if case.flops < 3e9:
             judge = Judge(case, Clock(device))
             for contender in case.contenders:
@@ -80,9 +82,7 @@ def _case(ours: Callable[..., Any], leaves: Sequence[str] = ("x",)) -> Case:
     """Doubling of 8 numbers, in plain PyTorch and by ``ours``."""
 
     def contender(name: str, function: Callable[..., Any], *, trusted: bool = False) -> Contender:
-        return Contender(
-            name, each(lambda given: bind(function, given, leaves)), trusted=trusted
-        )
+        return Contender(name, each(lambda given: bind(function, given, leaves)), trusted=trusted)
 
     def twice(x: Tensor) -> Tensor:
         return x + x
@@ -355,7 +355,7 @@ def test_moved() -> None:
         ({"dtypes": ["float64"]}, "dtype must be one of float32, bfloat16, float16, got 'float64'"),
         ({"sizes": [0]}, "size must be positive, got 0"),
         ({"batches": [-1]}, "batch must be positive, got -1"),
-        ({"resume": True}, "resume needs json"),
+        ({"record_in": Path(), "plot": Path()}, "it goes without json and plot"),
         ({"device": "meta"}, "benchmarks run on cpu or cuda, got 'meta'"),
         ({"compare": Path("absent.json")}, "absent.json: cannot be read"),
     ],

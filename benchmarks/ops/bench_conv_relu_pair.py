@@ -1,4 +1,4 @@
-"""conv_relu_pair: the two blue arrows of each level of figure 1, whose results the network keeps."""
+"""conv_relu_pair: the two blue arrows of each level of figure 1."""
 
 from functools import partial
 from itertools import pairwise
@@ -31,9 +31,7 @@ def _pairs(size: int) -> list[tuple[Arrow, Arrow]]:
     return list(pairwise(convolutions))[::2]
 
 
-def _case(
-    first: Arrow, second: Arrow, batch: int, dtype: torch.dtype, setting: Setting
-) -> Case:
+def _case(first: Arrow, second: Arrow, batch: int, dtype: torch.dtype, setting: Setting) -> Case:
     c_all = first.c_skip + first.c_in
     shapes = {
         "x": (batch, first.c_in, first.size, first.size),

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
+from torch.utils.dlpack import from_dlpack
 
 from fastunet import ops
 
@@ -147,9 +148,7 @@ def prepare_cucim(given: Inputs) -> Call:
     cupy = import_module("cupy")
     distance = import_module("cucim.core.operations.morphology").distance_transform_edt
     labels = cupy.from_dlpack(given["labels"].clone())
-    return lambda: (
-        torch.from_dlpack(by_cell(cupy, labels, distance, two_smallest, "float32")),
-    )
+    return lambda: (from_dlpack(by_cell(cupy, labels, distance, two_smallest, "float32")),)
 
 
 def _prepare_ours(given: Inputs) -> Call:

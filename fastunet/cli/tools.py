@@ -79,9 +79,10 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File to write the rows to.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what --json holds of this commit and place.")
-    ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps rows and charts of each device; resumes what it has."),
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Begin no case after these, and exit with 3.")
     ] = None,
@@ -102,7 +103,7 @@ def bench(
         batches=batch or (),
         quick=quick,
         json_path=json_file,
-        resume=resume,
+        record_in=record,
         minutes=minutes,
         plot=plot,
         compare=compare,
