@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -214,8 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "gpu-check")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--only", nargs="+", default=(), help="stages; all by default")
-    parser.add_argument("--tests", nargs="+", default=(), help="more arguments for pytest")
-    parser.add_argument("--bench", nargs="+", default=(), help="more arguments for fastunet bench")
+    parser.add_argument("--tests", type=shlex.split, default=(), help="arguments for pytest")
+    parser.add_argument("--bench", type=shlex.split, default=(), help="and for fastunet bench")
     options = parser.parse_args(arguments)
     if options.device == "cuda":
         import torch

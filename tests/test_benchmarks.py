@@ -1,15 +1,9 @@
-"""The benchmarks: what they count, what they refuse, how they time, what they record."""
+"""The benchmarks: what they count, what they refuse, how they time."""
 
-import json
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
 from functools import partial
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +13,24 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import record, run
+from benchmarks import record, run, timing
 from benchmarks.cases import OURS, Case, Contender, Inputs, Setting, bind, each
 from benchmarks.checks import Judge, RefusedError, watch
 from benchmarks.figure import arrows
 from benchmarks.measure import time_cases
 from benchmarks.ops import bench_weight_map
-from benchmarks.timing import Clock, Effort, interleave, measure_ceilings, speedup, summary
+from benchmarks.timing import (
+    Clock,
+    Effort,
+    interleave,
+    interval,
+    measure_ceilings,
+    speedup,
+    summary,
+)
 from fastunet import UNet, ops
+from fastunet.ops.conv_relu import onednn
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
@@ -95,6 +97,21 @@ def _case(ours: Callable[..., Any], leaves: Sequence[str] = ("x",)) -> Case:
 
     contenders = (contender("eager", twice, trusted=True), contender(OURS, ours))
     return Case("double", "8", torch.float32, inputs, exact, contenders, moved_bytes=64)
+
+
+def _console() -> tuple[Console, StringIO]:
+    text = StringIO()
+    return Console(file=text, width=200), text
+
+
+def _run_only(monkeypatch: pytest.MonkeyPatch, case: Case, console: Console, **options: Any) -> int:
+    class Bench:
+        @staticmethod
+        def cases(setting: Setting) -> list[Case]:
+            return [case]
+
+    monkeypatch.setitem(run.BENCHES, case.operator, Bench)
+    return run.run([case.operator], device="cpu", quick=True, console=console, **options)
 
 
 def _rows(case: Case) -> list[record.Row]:
@@ -265,133 +282,100 @@ def test_clock(device: torch.device) -> None:
     assert 0.2 < 2 * large.nbytes / copy_ms / 1e6 / ceilings.copy_gb_s < 5
 
 
-def _console() -> tuple[Console, StringIO]:
-    text = StringIO()
-    return Console(file=text, width=200), text
+def test_intervals_hold_what_changes_between_visits() -> None:
+    random = np.random.default_rng(0)
+    # five visits of 20 rounds, whose levels differ by more than their rounds
+    levels = np.repeat([1.0, 1.02, 1.05, 1.06, 1.1], 20)
+    low, high = interval(levels + random.normal(0, 0.001, 100))
+    assert low < 1.02 < 1.06 < high
+    level = interval(1 + random.normal(0, 0.001, 100))
+    assert level[1] - level[0] < 0.002
+    assert interval(np.array([3.0])) == (3, 3)
 
 
-def _run_only(monkeypatch: pytest.MonkeyPatch, case: Case, console: Console, **options: Any) -> int:
-    class Bench:
-        @staticmethod
-        def cases(setting: Setting) -> list[Case]:
-            return [case]
-
-    monkeypatch.setitem(run.BENCHES, case.operator, Bench)
-    return run.run([case.operator], device="cpu", quick=True, console=console, **options)
-
-
-def test_run_records_and_compares(tmp_path: Path) -> None:
-    console, text = _console()
-    path, charts = tmp_path / "out" / "rows.json", tmp_path / "charts"
-    options: dict[str, Any] = {"device": "cpu", "sizes": [32], "quick": True, "console": console}
-    assert run.run(["weight_map"], json_path=path, plot=charts, fail_under=1e-6, **options) == 0
-
-    rows = json.loads(path.read_text())
-    assert [row["contender"] for row in rows if row["status"] == "timed"].count(OURS) == 2
-    assert rows[0]["speedup"] == 1
-    assert rows[0]["torch"] == torch.__version__
-    assert rows[0]["threads"] == torch.get_num_threads()
-    timed = [row for row in rows if row["status"] == "timed"]
-    assert all(row["p20_ms"] <= row["ms"] <= row["p80_ms"] for row in timed)
-    assert "| 1 x 20 cells, 32x32, float32 | fastunet |" in path.with_suffix(".md").read_text()
-    assert {file.name for file in charts.iterdir()} == {
-        "speedup-weight_map-float32.png",
-        "speedup-weight_map-float32.svg",
-    }
-    assert (charts / "speedup-weight_map-float32.png").read_bytes().startswith(b"\x89PNG")
-
-    rows[-1]["threads"] = 99
-    rows[0]["threads"] = 99
-    path.write_text(json.dumps(rows))
-    assert run.run(["weight_map"], compare=path, fail_under=1e6, **options) == 1
-    assert "threads: 99 before" in text.getvalue()
-    assert "slower than 1e+06x" in text.getvalue()
+@pytest.mark.parametrize(("input_bytes", "copies"), [(0, 8), (50 << 20, 2), (1 << 30, 2)])
+def test_gpu_inputs_take_turns(
+    monkeypatch: pytest.MonkeyPatch, input_bytes: int, copies: int
+) -> None:
+    monkeypatch.setattr(timing, "_cache_bytes", lambda device: 50 << 20)
+    assert Clock(torch.device("cuda")).copies(input_bytes) == copies
+    assert Clock(CPU).copies(input_bytes) == 1
 
 
-def _row(**values: Any) -> record.Row:
-    defaults: dict[str, Any] = {
-        "operator": "weight_map",
-        "case": "a",
-        "dtype": "float32",
-        "layout": "contiguous",
-        "contender": OURS,
-        "environment": record.environment(CPU),
-        "baseline": "scipy",
-        "status": "timed",
-        "ms": 2.0,
-        "p20_ms": 1.9,
-        "p80_ms": 2.1,
-        "low_ms": 1.95,
-        "high_ms": 2.05,
-    }
-    return record.Row(**{**defaults, **values})
+def test_trials_take_the_next_inputs(
+    probe: torch.library.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def ours(x: Tensor) -> Tensor:
+        seen.append(x.data_ptr())
+        return _probe(x)
+
+    monkeypatch.setattr(Clock, "copies", lambda self, input_bytes: 3)
+    case = _case(ours, leaves=())
+    trial = Judge(case, Clock(CPU)).admit(case.contenders[1])
+    assert len(set(seen)) == 3
+    for _ in range(6):
+        trial.call()
+    assert seen[3:] == seen[:3] * 2
 
 
-@pytest.mark.parametrize(
-    ("old", "clear", "same"), [(6.0, True, False), (2.15, False, False), (2.05, False, True)]
-)
-def test_changes(old: float, clear: bool, same: bool) -> None:
-    row = _row()
-    before = replace(
-        row, ms=old, p20_ms=old - 0.1, p80_ms=old + 0.1, low_ms=old - 0.05, high_ms=old + 0.05
-    )
-    (change,) = record.changes([row], [before, replace(before, case="b")])
-    assert (change.factor, change.clear, change.same) == (old / 2, clear, same)
-    assert not record.changes([row], [replace(row, ms=None)])
+def test_gpu_sample_is_one_call_with_a_cold_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def synchronize(self) -> None:
+            log.append("synchronize")
+
+        def elapsed_time(self, other: "Event") -> float:
+            return 0.25
+
+    class Scratch:
+        def zero_(self) -> None:
+            log.append("evict")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(timing, "_scratch", lambda device: Scratch())
+    clock = Clock(torch.device("cuda"))
+    assert clock.sample(lambda: log.append("call"), 5) == 0.25
+    assert log == ["evict", "event", "call", "event", "synchronize"]
+    assert clock.warm_up(lambda: log.append("call")) == (1, 0.25)
 
 
-def test_moved() -> None:
-    row = _row()
-    assert record.moved([row], [row]) == []
-    there = replace(row.environment, threads=99)
-    (difference,) = record.moved([row], [replace(row, environment=there)])
-    assert difference.startswith("threads: 99 before")
+def test_forced_fallback_of_a_real_operator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What serves is watched under the operator, not asked of it."""
+    case = run.BENCHES["conv_relu"].cases(Setting(CPU, (torch.float32,), sizes=(188,)))[0]
+    ours = next(contender for contender in case.contenders if contender.name == OURS)
+    assert Judge(case, Clock(CPU)).admit(ours).backend != "reference"
+    monkeypatch.setattr(onednn, "unsupported", lambda *given: "forced")
+    with pytest.raises(RefusedError, match="conv_relu: a cpu kernel is there, but the reference"):
+        Judge(case, Clock(CPU)).admit(ours)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"operators": ["conv"]}, "no benchmark is called 'conv'; there are conv_relu"),
-        ({"dtypes": ["float64"]}, "dtype must be one of float32, bfloat16, float16, got 'float64'"),
-        ({"sizes": [0]}, "size must be positive, got 0"),
-        ({"batches": [-1]}, "batch must be positive, got -1"),
-        ({"record_in": Path(), "plot": Path()}, "it goes without json and plot"),
-        ({"device": "meta"}, "benchmarks run on cpu or cuda, got 'meta'"),
-        ({"compare": Path("absent.json")}, "absent.json: cannot be read"),
-    ],
-)
-def test_rejects(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        run.run(**options)
+def test_wrong_kernel_of_a_real_operator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = run.BENCHES["conv_relu"].cases(Setting(CPU, (torch.float32,), sizes=(188,)))[0]
+    convolve: Any = onednn._convolve
+    monkeypatch.setattr(onednn, "_convolve", lambda *given: convolve(*given) * (1 + 1e-4))
+    *_, row = (row for row in _rows(case) if row.contender == OURS)
+    assert (row.status, row.ms) == ("refused", None)
+    assert row.reason.startswith("result 0 is off by")
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"a": 1}', "[1]", '[{"operator": "x"}]'])
-def test_rejects_foreign_files(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "old.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"old\.json: must hold rows that fastunet bench wrote"):
-        record.read(path)
+def test_a_contender_must_pass_every_visit(
+    probe: torch.library.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
 
+    def later_wrong(x: Tensor) -> Tensor:
+        calls.append(1)
+        return _probe(x) + (len(calls) > 100)
 
-def test_plots_need_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("benchmarks.plots.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="plots need matplotlib: pip install"):
-        run.run(["weight_map"], plot=tmp_path)
-
-
-def _pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, env=dict(os.environ)
-    )
-
-
-def test_pytest_runs_benchmarks_on_request_alone() -> None:
-    asked = _pytest("--benchmark", "-k", "weight_map and 20")
-    assert asked.returncode == 0, asked.stdout
-    # scipy twice and ours; the edt package takes part where it is installed
-    assert re.search(r"\b[34] passed", asked.stdout)
-    plain = _pytest("--collect-only", "benchmarks")
-    assert "no tests collected" in plain.stdout
-    mixed = _pytest("--benchmark", "tests")
-    assert "--benchmark takes no paths" in mixed.stderr
+    rows = _rows(_case(later_wrong, leaves=()))
+    assert [row.status for row in rows] == ["timed", "refused"]
