@@ -11,6 +11,7 @@ from .ops import (
     conv_relu_pair,
     crop_concat,
     separate_touching,
+    up_conv,
     weight_map,
     weighted_cross_entropy,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "ops",
     "predict",
     "separate_touching",
+    "up_conv",
     "weight_map",
     "weighted_cross_entropy",
 ]

@@ -13,6 +13,7 @@ import torch
 OPERATORS = (
     "conv_relu",
     "crop_concat",
+    "up_conv",
     "weighted_cross_entropy",
     "weight_map",
     "separate_touching",

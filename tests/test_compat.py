@@ -16,22 +16,22 @@ from fastunet.compat import recognise
 from fastunet.train import fit
 
 from .accuracy import assert_as_accurate, max_abs
-from .networks_compat import CroppingUNet, NamedUNet, PaddingUNet
+from .networks import ClassicUNet, HubUNet, PathUNet
 from .sections import section, small_config
 
 # each network, what its weights do not tell, and a size that does not halve evenly if it takes one
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], tuple[int, int]]] = {
-    "padding": (lambda: PaddingUNet(2, 3, width=4), {}, (37, 50)),
-    "padding-bilinear": (lambda: PaddingUNet(2, 3, bilinear=True, width=4), {}, (45, 33)),
-    "cropping": (lambda: CroppingUNet(2, 3, depth=3, wf=2), {}, (47, 61)),
-    "cropping-norm": (lambda: CroppingUNet(2, 3, 4, 2, batch_norm=True), {}, (97, 92)),
-    "cropping-up": (lambda: CroppingUNet(2, 3, 3, 2, up_mode="upsample"), {}, (45, 60)),
+    "padding": (lambda: ClassicUNet(2, 3, width=4), {}, (37, 50)),
+    "padding-bilinear": (lambda: ClassicUNet(2, 3, bilinear=True, width=4), {}, (45, 33)),
+    "cropping": (lambda: PathUNet(2, 3, depth=3, wf=2), {}, (47, 61)),
+    "cropping-norm": (lambda: PathUNet(2, 3, 4, 2, batch_norm=True), {}, (97, 92)),
+    "cropping-up": (lambda: PathUNet(2, 3, 3, 2, up_mode="upsample"), {}, (45, 60)),
     "cropping-same": (
-        lambda: CroppingUNet(2, 3, 3, 2, padding=True, batch_norm=True, up_mode="upsample"),
+        lambda: PathUNet(2, 3, 3, 2, padding=True, batch_norm=True, up_mode="upsample"),
         {"padding": "same"},
         (29, 50),
     ),
-    "named": (lambda: NamedUNet(2, 3, 4), {}, (32, 48)),
+    "named": (lambda: HubUNet(2, 3, 4), {}, (32, 48)),
 }
 each_case = pytest.mark.parametrize("case", CASES)
 
@@ -66,7 +66,7 @@ def channels_last(net: nn.Module) -> nn.Module:
 
 def test_entries_and_widths_of_the_defaults() -> None:
     with torch.device("meta"):
-        nets = [PaddingUNet(1, 2), PaddingUNet(3, 2, bilinear=True), CroppingUNet(), NamedUNet()]
+        nets = [ClassicUNet(1, 2), ClassicUNet(3, 2, bilinear=True), PathUNet(), HubUNet()]
     assert [len(net.state_dict()) for net in nets] == [118, 110, 46, 118]
     configs = [recognise(net.state_dict(), {})[0] for net in nets]
     assert [config["widths"] for config in configs] == [
@@ -307,8 +307,8 @@ def test_one_class_is_foreground(activation: Any) -> None:
 
 def test_trains(tmp_path: Path) -> None:
     for net in (
-        PaddingUNet(1, 2, bilinear=True, width=4),
-        CroppingUNet(1, 2, 3, 2, batch_norm=True),
+        ClassicUNet(1, 2, bilinear=True, width=4),
+        PathUNet(1, 2, 3, 2, batch_norm=True),
     ):
         folder = tmp_path / type(net).__name__
         model = UNet.from_state_dict(net.state_dict())
@@ -320,7 +320,7 @@ def test_trains(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_trained_says_so(tmp_path: Path) -> None:
-    hub = NamedUNet(1, 2, 2).state_dict()
+    hub = HubUNet(1, 2, 2).state_dict()
     logits: dict[str, Any] = {"padding": "same", "widths": (4, 8, 16)}
     for model, message in (
         (UNet.from_state_dict(hub), "got n_classes 2 and activation sigmoid"),

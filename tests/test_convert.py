@@ -18,7 +18,7 @@ from fastunet import cli, load_model, predict
 from fastunet.data import standardise
 from fastunet.synthetic import write_cells
 
-from .networks_compat import CroppingUNet, NamedUNet, PaddingUNet
+from .networks import ClassicUNet, HubUNet, PathUNet
 
 
 def call(*arguments: object) -> int:
@@ -42,9 +42,9 @@ class Code:
 @pytest.mark.parametrize(
     ("net", "options"),
     [
-        (PaddingUNet(1, 2, width=4), []),
-        (CroppingUNet(1, 2, 3, 2, padding=True), ["--padding", "same"]),
-        (NamedUNet(1, 1, 4), []),
+        (ClassicUNet(1, 2, width=4), []),
+        (PathUNet(1, 2, 3, 2, padding=True), ["--padding", "same"]),
+        (HubUNet(1, 1, 4), []),
     ],
     ids=["padding", "cropping", "named"],
 )
@@ -67,12 +67,12 @@ def test_converts_and_predicts(
     assert np.array_equal(tifffile.imread(prediction)[0], foreground)
     with torch.no_grad():
         y = net.eval()(torch.from_numpy(page)[None])[0]
-    original = y if isinstance(net, NamedUNet) else y.softmax(0)
+    original = y if isinstance(net, HubUNet) else y.softmax(0)
     np.testing.assert_array_equal(foreground > 0.5, original[-1].numpy() > 0.5)
 
 
 def test_plain_safetensors(tmp_path: Path) -> None:
-    save_file(NamedUNet(1, 1, 4).state_dict(), tmp_path / "in.safetensors")
+    save_file(HubUNet(1, 1, 4).state_dict(), tmp_path / "in.safetensors")
     output = tmp_path / "new" / "out.safetensors"
     assert call("convert", tmp_path / "in.safetensors", output) == 0
     assert load_model(output).activation == "sigmoid"
@@ -81,7 +81,7 @@ def test_plain_safetensors(tmp_path: Path) -> None:
 
 def bad_files(folder: Path, marker: Path) -> dict[str, str]:
     """Files by name, and what is said about each."""
-    net = PaddingUNet(1, 2, width=2)
+    net = ClassicUNet(1, 2, width=2)
     torch.save({"state_dict": net.state_dict(), "extra": Code(marker)}, folder / "code.pth")
     torch.save(net, folder / "module.pth")
     torch.jit.save(torch.jit.script(nn.Conv2d(1, 1, 3)), folder / "script.pth")
@@ -104,7 +104,7 @@ def bad_files(folder: Path, marker: Path) -> dict[str, str]:
     damaged = "damaged, or not a file of weights"
     return {
         "code.pth": "would run code (posix.mkdir), which fastunet never does",
-        "module.pth": "would run code (tests.networks_compat.PaddingUNet)",
+        "module.pth": "would run code (tests.networks.ClassicUNet)",
         "script.pth": "would run code (TorchScript)",
         "start.pth": damaged,
         "half.pth": damaged,
@@ -146,7 +146,7 @@ def test_bad_files_are_one_line_and_exit_code_2(
 
 def test_wrong_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, output = tmp_path / "in.pth", tmp_path / "out.safetensors"
-    torch.save(CroppingUNet(1, 2, 2, 1).state_dict(), source)
+    torch.save(PathUNet(1, 2, 2, 1).state_dict(), source)
     assert call("convert", source, output) == 0
     for arguments, message in (
         ((source, tmp_path / "out.pth"), "the output must end in .safetensors"),

@@ -49,6 +49,16 @@ def test_blocks_cover_the_image_with_little_beyond_it() -> None:
                 assert rows * columns <= 1.5 * problem.height * problem.width, problem.key
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_width_has_candidates(dtype: torch.dtype) -> None:
+    for widths in ((1, 2, 3), (4, 8, 12), (5, 8, 64)):
+        for problem in tune.problems(60, 1, dtype, widths):
+            assert tiles.candidates(problem) or problem.kind == "weight gradient"
+            for capability in ((8, 0), (9, 0)):
+                tile = tiles.expected(problem, capability)
+                assert tile is None or tile == tiles.candidates(problem)[0]
+
+
 def test_cache_comes_before_the_rule(tmp_path: Path) -> None:
     path = tmp_path / "cache.json"
     path.write_text(tiles.text({WIDE.key: None, TINY.key: TILE}))

@@ -142,8 +142,8 @@ def forward(
         return y, F.max_pool2d(y, 2) if pool else x.new_empty(0)
 
     def images(height: int, width: int) -> Tensor:
-        size = (b, weight.shape[0], height, width)
-        return x.new_empty(size).to(memory_format=torch.channels_last)
+        size, layout = (b, weight.shape[0], height, width), torch.channels_last
+        return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
 
     y = images(height, width)
     pooled = images(height // 2, width // 2) if pool else None

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _amx
 from ..crop_concat.reference import centre_crop
 from .reference import (
     conv_relu_bwd_reference,
@@ -46,6 +47,8 @@ def conv_relu_onednn(
     """As ``conv_relu_reference``."""
     if unsupported(x, weight, skip):
         return conv_relu_reference(x, weight, bias, padding, skip, *flags)
+    if not _amx.unsupported(x, weight):
+        return _amx.conv_relu(x, _cropped(skip, x), weight, bias, padding, False)[0]
     y = _convolve(x, weight, bias, padding, skip)
     _relu_pool(y, pool=False)
     return y
@@ -57,6 +60,8 @@ def conv_relu_pool_onednn(
     """As ``conv_relu_pool_reference``."""
     if unsupported(x, weight, skip):
         return conv_relu_pool_reference(x, weight, bias, padding, skip, *flags)
+    if not _amx.unsupported(x, weight):
+        return _amx.conv_relu(x, _cropped(skip, x), weight, bias, padding, True)
     y = _convolve(x, weight, bias, padding, skip)
     return y, _relu_pool(y, pool=True)
 
@@ -82,12 +87,11 @@ def conv_relu_bwd_onednn(
     need_x, need_weight, need_bias, need_skip = needed
     c = 0 if skip is None else skip.shape[1]
     needed = [need_x, need_weight, need_bias]
-    grad_x, grad_weight, grad_bias = _gradients(masked, x, weight[:, c:], padding, needed)
-    if need_x and relu_made_x:
-        grad_x = _relu_pool_bwd(grad_x, None, x)
-    if skip is None:
+    mask = x if relu_made_x else None
+    grad_x, grad_weight, grad_bias = _gradients(masked, x, weight[:, c:], padding, needed, mask)
+    crop = _cropped(skip, x)
+    if crop is None:
         return grad_x, grad_weight, grad_bias, x.new_empty(0)
-    crop = centre_crop(skip, x.shape[2], x.shape[3])
     needed = [need_skip, need_weight, False]
     grad_skip, of_skip, _ = _gradients(masked, crop, weight[:, :c], padding, needed)
     if need_weight:
@@ -110,10 +114,26 @@ def _convolve(
     return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *options, "none", [], "")
 
 
+def _cropped(skip: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if skip is None else centre_crop(skip, x.shape[2], x.shape[3])
+
+
 def _gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, padding: int, needed: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    padding: int,
+    needed: list[bool],
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias from that of the convolution; empty where not needed."""
+    """Gradients of x, weight and bias from that of the convolution; empty where not needed.
+
+    That of x is zero where ``mask`` is given and not above zero.
+    """
+    if needed[0] and not _amx.unsupported(grad, weight):
+        grad_x = _amx.conv_grad(grad, weight, padding, mask)
+        _, grad_weight, grad_bias = _gradients(grad, x, weight, padding, [False, *needed[1:]])
+        return grad_x, grad_weight, grad_bias
     if x.shape[1] < FEW_CHANNELS and needed == [False, True, True]:
         # the image itself needs no gradient
         grad_x, grad_bias = x.new_empty(0), grad.sum((0, 2, 3))
@@ -122,6 +142,8 @@ def _gradients(
         grad_x, grad_weight, grad_bias = convolution_gradients(grad, x, weight, padding, needed)
     if needed[0]:
         grad_x = laid_out_like(grad_x, x)
+        if mask is not None:
+            grad_x = _relu_pool_bwd(grad_x, None, mask)
     if needed[1]:
         grad_weight = laid_out_like(grad_weight, weight)
     return grad_x, grad_weight, grad_bias

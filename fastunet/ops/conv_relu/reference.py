@@ -132,8 +132,7 @@ def convolution_gradients(
 
 def laid_out_like(grad: Tensor, like: Tensor) -> Tensor:
     """``grad`` with the memory layout of ``like``, copied only if it has another."""
-    target = torch.empty_like(like)
-    return grad if grad.stride() == target.stride() else target.copy_(grad)
+    return grad if grad.stride() == like.stride() else torch.empty_like(like).copy_(grad)
 
 
 def _unpool(grad_pooled: Tensor, y: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ Kind = Literal["forward", "data gradient", "weight gradient"]
 
 # wgmma and tcgen05, fed from shared memory by tensor descriptors; others have less of it
 DESCRIPTOR_MAJORS = (9, 10)
+# fewer input channels than this are few
+FEWEST = 8
 # up to here the layer's own traffic weighs more than the library's better arithmetic
 WIDEST = 128
 
@@ -47,6 +49,12 @@ class Tile:
     def pixels(self) -> int:
         """Pixels of a block."""
         return self.block_h * self.block_w
+
+
+FEW_CHANNELS: dict[Kind, Tile] = {
+    "forward": Tile("pointer", 64, 1, 128, 16, 4, 2),
+    "weight gradient": Tile("pointer", 64, 1, 64, 16, 4, 3),
+}
 
 
 @dataclass(frozen=True)
@@ -94,8 +102,7 @@ def choose(
 
 def expected(problem: Problem, capability: tuple[int, int]) -> Tile | None:
     """The kernel that should be fastest by count, where nothing was measured."""
-    if problem.c_skip == 0 and problem.c < 8 and problem.kind != "data gradient":
-        # the nine taps are one block, and the library pads channels
+    if _has_few_channels(problem):
         return FEW_CHANNELS[problem.kind]
     aligned = all(
         n * problem.dtype.itemsize % 16 == 0 for n in (problem.c_skip, problem.c, problem.c_out)
@@ -107,16 +114,9 @@ def expected(problem: Problem, capability: tuple[int, int]) -> Tile | None:
     return candidates(problem)[0]
 
 
-FEW_CHANNELS: dict[str, Tile] = {
-    "forward": Tile("pointer", 64, 1, 128, 16, 4, 2),
-    "weight gradient": Tile("pointer", 64, 1, 64, 16, 4, 3),
-}
-
-
 def candidates(problem: Problem) -> list[Tile]:
     """What ``fastunet tune`` measures beside the library, the expected one first."""
-    few = problem.c_skip + problem.c < 8
-    if few:
+    if _has_few_channels(problem):
         return [FEW_CHANNELS[problem.kind]]
     if problem.kind == "weight gradient":
         if problem.dtype == torch.float32:
@@ -128,20 +128,25 @@ def candidates(problem: Problem) -> list[Tile]:
             Tile("pointer", 64, 1, 64, 64, 4, 3),
         ]
     block_k = 128 // problem.dtype.itemsize
-    many, few_pixels = (_fit(pixels, problem) for pixels in (256, 128))
-    tiles = [
-        Tile("tma", 64, *many, block_k, 4, 3),
-        Tile("tma", 64, *few_pixels, block_k, 4, 4),
+    large, small = (_fit(pixels, problem) for pixels in (256, 128))
+    narrow = [
+        Tile("tma", 64, *large, block_k, 4, 3),
+        Tile("tma", 64, *small, block_k, 4, 4),
         Tile("pointer", 64, 1, 128, 32, 8, 3),
     ]
     if problem.c_out <= 64:
-        return tiles
+        return narrow
     return [
-        Tile("tma", 128, *many, block_k, 8, 3),
-        Tile("tma", 128, *few_pixels, block_k, 4, 4),
+        Tile("tma", 128, *large, block_k, 8, 3),
+        Tile("tma", 128, *small, block_k, 4, 4),
         Tile("pointer", 128, 1, 128, 32, 8, 3),
-        *tiles,
+        *narrow,
     ]
+
+
+def _has_few_channels(problem: Problem) -> bool:
+    """Whether the nine taps are one block of the product, and the library pads channels."""
+    return problem.kind in FEW_CHANNELS and problem.c_skip + problem.c < FEWEST
 
 
 def _fit(pixels: int, problem: Problem) -> tuple[int, int]:

@@ -1,0 +1,84 @@
+// Convolutions of bfloat16 images on the matrix tiles of AMX, with what surrounds them in a U-Net.
+//
+// A tile product multiplies 16 pixels x 32 channels by 32 channels x 16 output channels. Images are
+// copied, a band of rows at a time, into blocks of 32 channels, where the 16 pixels under any tap
+// are one run of memory. The copy also joins sources, crops, and pads with zeros.
+#pragma once
+
+#include <cstdint>
+
+namespace fastunet::cpu {
+
+// bfloat16 as its bits
+using Bits16 = uint16_t;
+
+// Whether the processor has AMX for bfloat16 and the system lets this process use it.
+bool has_amx();
+
+// An image tensor, [B, H, W, C] with any strides but 1 between channels.
+struct Pixels {
+  const Bits16* data;
+  int64_t channels;
+  int64_t image_stride;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+// A convolution's weights, [C_out, taps, C_in].
+struct Weights {
+  const Bits16* data;
+  int64_t c_out_stride;
+  int64_t tap_stride;
+  int64_t c_in_stride;
+};
+
+constexpr int kMostParts = 4;
+
+// A convolution of stride 1 with `taps` x `taps` weights. Its input may be in parts, whose channels
+// follow each other; so may its output, each part with a multiple of 32 channels or there is one.
+struct ConvAmx {
+  Pixels inputs[kMostParts];
+  int64_t n_inputs;
+  int64_t height, width;  // of each input
+  int64_t taps;           // 1 or 3
+  int64_t padding;
+  int64_t c_out;
+
+  const Bits16* packed;  // by pack_weights
+  const Bits16* bias;    // [channels of an output], or null
+  bool relu;
+  const Bits16* mask;  // laid out as the output, which becomes 0 where this is not above 0; or null
+  Bits16* outputs[kMostParts];
+  int64_t n_outputs;
+  int64_t out_image_stride, out_row_stride, out_column_stride;
+  Bits16* pooled;  // [B, out_height() / 2, out_width() / 2, c_out] of the only output, or null
+
+  int64_t c_in() const;
+  int64_t in_blocks() const { return (c_in() + 31) / 32; }
+  int64_t out_blocks() const { return (c_out + 31) / 32; }
+  int64_t out_height() const { return height + 2 * padding - taps + 1; }
+  int64_t out_width() const { return width + 2 * padding - taps + 1; }
+  // weights of 16 output channels
+  int64_t packed_group() const { return in_blocks() * taps * taps * 512; }
+  int64_t packed_size() const { return 2 * out_blocks() * packed_group(); }
+};
+
+// How the work of a convolution is shared out: by bands of rows, whose copy fits a core's cache,
+// and where these are few also by output channels.
+struct Tasks {
+  int64_t band_rows;
+  int64_t bands;          // of an image
+  int64_t channel_parts;  // of a band
+
+  Tasks(const ConvAmx& conv, int64_t images, int64_t threads);
+};
+
+// Arranges groups [begin, end) of 16 output channels, of which there are two an output block.
+void pack_weights(const Weights& weights, const ConvAmx& conv, Bits16* packed, int64_t begin,
+                  int64_t end);
+
+// Computes tasks [begin, end) of images x bands x channel parts. Each thread keeps memory for one
+// band, about 1 MiB, until it ends.
+void conv_amx(const ConvAmx& conv, const Tasks& tasks, int64_t begin, int64_t end);
+
+}  // namespace fastunet::cpu

@@ -1,0 +1,96 @@
+"""Convolutions in bfloat16 on the matrix tiles of AMX, by ``csrc/cpu/conv_amx.cpp``.
+
+    pixels [16, 32] x weights [32, 16] a tile product, summed over taps and channels in float32
+
+Weights are arranged anew in each call, which costs a few per cent: nothing derived from them is
+kept, so nothing can be stale.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ._library import LIBRARY
+
+# images come and go as [B, C, H, W] in channels_last, results of the operators as [B, H, W, C]
+LIBRARY.define("has_amx() -> bool")
+LIBRARY.define(
+    "conv_relu_amx(Tensor x, Tensor? skip, Tensor weight, Tensor? bias, int padding, bool pool) "
+    "-> (Tensor, Tensor)"
+)
+LIBRARY.define("conv_grad_amx(Tensor grad, Tensor weight, int padding, Tensor? mask) -> Tensor")
+LIBRARY.define("up_conv_amx(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor")
+LIBRARY.define("up_conv_grad_amx(Tensor grad, Tensor weight) -> Tensor")
+
+# with fewer input channels most of a tile is empty
+FEW_CHANNELS = 8
+# output channels of a tile pair, which go to one of an up-convolution's four pixels
+PAIR_CHANNELS = 32
+
+
+def unsupported(x: Tensor, weight: Tensor) -> str | None:
+    """Why AMX cannot take a convolution of ``x``, or None."""
+    if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
+        return f"{x.dtype} is not bfloat16"
+    if min(x.numel(), weight.numel()) == 0:
+        return "there are no pixels or channels"
+    if x.shape[1] < FEW_CHANNELS:
+        return f"fewer than {FEW_CHANNELS} channels"
+    return why_not_here()
+
+
+def unsupported_up(x: Tensor, weight: Tensor) -> str | None:
+    """Why AMX cannot take an up-convolution, or None."""
+    if weight.shape[1] % PAIR_CHANNELS != 0:
+        return f"output channels are no multiple of {PAIR_CHANNELS}"
+    return unsupported(x, weight)
+
+
+@cache
+def why_not_here() -> str | None:
+    """Why this machine has none of it, or None."""
+    try:
+        return None if torch.ops.fastunet.has_amx() else "this processor has no AMX"
+    except NotImplementedError:
+        return "the native extension is not built"
+
+
+def conv_relu(
+    x: Tensor, crop: Tensor | None, weight: Tensor, bias: Tensor | None, padding: int, pool: bool
+) -> tuple[Tensor, Tensor]:
+    """Convolution, bias and ReLU, and with ``pool`` the pooled copy; ``crop`` is as large as x."""
+    x, weight = _channels_last(x), _channels_last(weight)
+    crop = None if crop is None else _channels_last(crop)
+    bias = None if bias is None else bias.contiguous()
+    y, pooled = torch.ops.fastunet.conv_relu_amx(x, crop, weight, bias, padding, pool)
+    return _images(y), _images(pooled) if pool else pooled
+
+
+def conv_grad(grad: Tensor, weight: Tensor, padding: int, mask: Tensor | None) -> Tensor:
+    """The gradient of a convolution's input, zero where ``mask`` is given and not above zero."""
+    mask = None if mask is None else mask.permute(0, 2, 3, 1).contiguous()
+    grad, weight = _channels_last(grad), _channels_last(weight)
+    return _images(torch.ops.fastunet.conv_grad_amx(grad, weight, padding, mask))
+
+
+def up_conv(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """The 2x2 up-convolution, bias and, with ``relu``, ReLU."""
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    bias = None if bias is None else bias.contiguous()
+    return _images(torch.ops.fastunet.up_conv_amx(_channels_last(x), weight, bias, relu))
+
+
+def up_conv_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of an up-convolution's input."""
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    return _images(torch.ops.fastunet.up_conv_grad_amx(_channels_last(grad), weight))
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy, with its channels next to each other."""
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _images(tensor: Tensor) -> Tensor:
+    return tensor.permute(0, 3, 1, 2)
