@@ -1,6 +1,7 @@
 """What a contender must pass before it is timed: right results, by the path that it names."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -9,11 +10,22 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastunet.ops import _amx
+
 from .cases import OURS, Call, Case, Contender, in_turn
 from .timing import Clock
 
-# who computes, by the module that it is called from
-PYTHON_BACKENDS = {"triton_kernels": "triton", "onednn": "onednn", "gpu": "cudnn"}
+# who computes, by the module that it is called from; of several that were called the first counts
+PYTHON_BACKENDS = {
+    "_amx": "amx",
+    "triton_kernels": "triton",
+    # an operator's own reference, not what else stands there
+    "reference": "reference",
+    "gpu": "cudnn",
+    "onednn": "onednn",
+}
+# where none of our kernels takes a call, these are PyTorch's own by design
+PYTORCH_ELSEWHERE = ("up_conv", "up_conv_bwd")
 
 
 class RefusedError(Exception):
@@ -27,8 +39,8 @@ class Trial:
     Args:
         contender: which.
         call: one run of it, on the next of its sets of inputs.
-        backend: who computes; for fastunet "reference", "cpp", "onednn", "triton", "cudnn" or
-            "cuda", by operator where they differ.
+        backend: who computes; for fastunet "reference", "cpp", "amx", "onednn", "triton", "cudnn"
+            or "cuda", by operator where they differ.
         errors: largest absolute error of each result.
     """
 
@@ -97,8 +109,9 @@ class Judge:
 def watch(call: Call) -> tuple[tuple[Tensor, ...], dict[str, str]]:
     """Run ``call`` once and see who computed each of fastunet's operators in it.
 
-    Returns: its outputs, and "reference", "cpp", "onednn", "triton", "cudnn" or "cuda" by operator.
-    Raises: RefusedError if a kernel is registered for an operator and its reference ran.
+    Returns: its outputs, and by operator who served, as in ``Trial.backend``.
+    Raises: RefusedError if a kernel is registered for an operator and its reference ran, or if the
+        processor has AMX for a call and something else ran.
     """
     watcher = _Watcher()
     # backward runs on the watched thread, on a GPU too
@@ -123,15 +136,16 @@ class _Watcher(TorchDispatchMode):
             return func(*args, **kwargs)
         name = qualified.removeprefix("fastunet::")
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        ran = {"cpu": "cpp"}.get(device, device)
+        called: set[str] = set()
 
         def note(frame: FrameType, event: str, _: object) -> None:
-            nonlocal ran
-            if event == "call" and frame.f_code.co_name == f"{name}_reference":
-                ran = "reference"
-            elif event == "call":
-                module = frame.f_globals.get("__name__", "").rpartition(".")[2]
-                ran = PYTHON_BACKENDS.get(module, ran)
+            module = frame.f_globals.get("__name__", "").rpartition(".")[2]
+            if event != "call" or frame.f_code.co_name.startswith("unsupported"):
+                return
+            if frame.f_code.co_name == f"{name}_reference":
+                called.add("reference")
+            elif module in PYTHON_BACKENDS and module != "reference":
+                called.add(PYTHON_BACKENDS[module])
 
         before = sys.getprofile()
         sys.setprofile(note)
@@ -139,12 +153,36 @@ class _Watcher(TorchDispatchMode):
             result = func(*args, **kwargs)
         finally:
             sys.setprofile(before)
-        if ran == "reference" and torch._C._dispatch_has_kernel_for_dispatch_key(
-            qualified, device.upper()
+        native = {"cpu": "cpp"}.get(device, device)
+        ran = next((who for who in PYTHON_BACKENDS.values() if who in called), native)
+        if device == "cpu" and ran != "amx" and _amx_takes(name, args):
+            raise RefusedError(f"{name}: this processor's AMX takes the call, but {ran} ran")
+        if (
+            ran == "reference"
+            and name not in PYTORCH_ELSEWHERE
+            and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device.upper())
         ):
             raise RefusedError(f"{name}: a {device} kernel is there, but the reference ran")
         self.served[name] = ran
         return result
+
+
+def _amx_takes(name: str, args: Sequence[Any]) -> bool:
+    """Whether an operator's call is one for AMX, told apart from what the operator itself finds."""
+    if _amx.why_not_here():
+        return False
+    if name in ("conv_relu", "conv_relu_pool", "up_conv"):
+        source, weight, needs_it = args[0], args[1], True
+    elif name == "conv_relu_bwd":
+        source, weight, needs_it = args[0], args[4], args[7][0]
+    elif name == "up_conv_bwd":
+        source, weight, needs_it = args[2], args[3], args[4][0]
+    else:
+        return False
+    wide = source.shape[1] >= _amx.FEW_CHANNELS
+    if name.startswith("up_conv"):
+        wide = wide and weight.shape[1] % _amx.PAIR_CHANNELS == 0
+    return needs_it and wide and source.dtype == weight.dtype == torch.bfloat16
 
 
 def _named(served: dict[str, str]) -> str:

@@ -67,7 +67,7 @@ def test_benchmark(
     case: Case,
     contender: Contender,
 ) -> None:
-    timing = timings[*case.key, contender.name]
+    timing = timings[(*case.key, contender.name)]
     if timing.row.status == "skipped":
         pytest.skip(f"{contender.name}: {timing.row.reason}")
     if timing.row.status != "timed":

@@ -29,6 +29,7 @@ from benchmarks.timing import (
     summary,
 )
 from fastunet import UNet, ops
+from fastunet.ops import _amx
 from fastunet.ops.conv_relu import onednn
 
 CPU = torch.device("cpu")
@@ -167,6 +168,18 @@ def test_bypassed_operator_is_refused() -> None:
     case = _case(lambda x: x + x)
     with pytest.raises(RefusedError, match="none of fastunet's operators ran"):
         Judge(case, Clock(CPU)).admit(case.contenders[1])
+
+
+@pytest.mark.skipif(bool(_amx.why_not_here()), reason="this processor has no AMX")
+@pytest.mark.parametrize("name", ["conv_relu", "up_conv"])
+def test_forced_fallback_from_amx_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    *_, case = run.BENCHES[name].cases(Setting(CPU, (torch.bfloat16,), sizes=(188,), quick=True))
+    ours = next(contender for contender in case.contenders if contender.name == OURS)
+    assert Judge(case, Clock(CPU)).admit(ours).backend == "amx"
+    for why in ("unsupported", "unsupported_up"):
+        monkeypatch.setattr(_amx, why, lambda *given: "forced")
+    with pytest.raises(RefusedError, match="this processor's AMX takes the call, but"):
+        Judge(case, Clock(CPU)).admit(ours)
 
 
 @pytest.mark.parametrize(
