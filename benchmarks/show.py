@@ -19,20 +19,17 @@ def case(rows: Sequence[Row], console: Console) -> None:
     timed = [row for row in rows if row.status == "timed"]
     if not timed:
         return
-    table = Table(
-        title=f"{timed[0].operator}: {timed[0].case}, {timed[0].dtype}",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=0,
-    )
+    title = f"{timed[0].operator}: {timed[0].case}, {timed[0].dtype}"
+    for row in timed:
+        if row.contender == OURS:
+            # of several operators each is named; here is room for who they are
+            served = sorted({part.rpartition(" ")[2] for part in row.backend.split(", ")})
+            title += f"; {OURS} by {', '.join(served)}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     for column in COLUMNS:
         table.add_column(f"{column} ", justify="right", no_wrap=True)
     for row in timed:
-        _, contender, backend, ms, _, *cells = (cell.replace(" to ", "-") for cell in row.cells())
-        if row.contender == OURS:
-            # of several operators each is named; here is room for who they are
-            served = sorted({part.rpartition(" ")[2] for part in backend.split(", ")})
-            contender = f"{contender} ({', '.join(served)})"
+        _, contender, _, ms, _, *cells = (cell.replace(" to ", "-") for cell in row.cells())
         table.add_row(*(f"{cell} " for cell in (contender, ms, *cells)))
     console.print(table)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import measure, plots, record, run
+from benchmarks import measure, plots, record, run, timing
 from benchmarks.cases import OURS, Setting
 from benchmarks.pytest_suite import Replay
 
@@ -175,7 +175,7 @@ def test_record_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         return time_cases(cases, *others)
 
     monkeypatch.setattr(run, "time_cases", counted)
-    monkeypatch.setattr(measure, "FULL", measure.QUICK)
+    monkeypatch.setattr(measure, "FULL", timing.QUICK)
     options: dict[str, Any] = {
         "device": "cpu",
         "sizes": [32],
