@@ -34,6 +34,8 @@ OTHER_COLOURS = {
 UNKNOWN_COLOUR = "#bbbbbb"
 # a bar, and what stands around bars, in inches
 BAR, MARGIN = 0.15, 1.3
+# from this speed-up on, the axis is logarithmic
+LOGARITHMIC = 20.0
 
 
 def available() -> bool:
@@ -48,7 +50,7 @@ def require() -> None:
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:
-    """Write ``speedup-<operator>-<dtype>`` and ``roofline``, as PNG and SVG.
+    """Write ``speedup-<operator>-<dtype>`` and ``roofline-<operator>``, as PNG and SVG.
 
     Returns: the files. Rows that were not timed are left out, and so is a chart without rows.
     """
@@ -62,8 +64,10 @@ def draw(rows: list[Row], folder: Path) -> list[Path]:
         for operator, dtype in dict.fromkeys((row.operator, row.dtype) for row in timed)
     }
     counted = [row for row in timed if row.gb_s and row.tflop_s]
-    if counted:
-        figures["roofline"] = roofline(counted)
+    figures |= {
+        f"roofline-{operator}": roofline([row for row in counted if row.operator == operator])
+        for operator in dict.fromkeys(row.operator for row in counted)
+    }
     paths = [folder / f"{name}.{suffix}" for name in figures for suffix in FORMATS]
     # equal rows give equal files
     with mpl.rc_context({"svg.hashsalt": "fastunet"}):
@@ -102,18 +106,24 @@ def _bars(axes: "Axes", rows: list[Row], colours: dict[str, str]) -> None:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.case.removesuffix(f", {row.direction}"), []).append(row)
+    most = max(row.speedup or 0.0 for row in rows)
+    # an interval that a busy machine stretched must not shrink the bars
+    if most < LOGARITHMIC:
+        axes.set_xlim(0, 1.25 * most)
+    else:
+        axes.set_xscale("log")
+        axes.set_xlim(0.5 * min(row.speedup or 1.0 for row in rows), 3 * most)
+        axes.xaxis.set_major_formatter("{x:g}")
     ticks, y = [], 0
     for group in groups.values():
         ticks.append(y + (len(group) - 1) / 2)
         for row in group:
-            low, high = row.speedup_low or 0.0, row.speedup_high or 0.0
-            axes.barh(y, row.speedup or 0.0, height=0.9, color=colours[row.contender])
+            ratio, low, high = row.speedup or 0.0, row.speedup_low or 0.0, row.speedup_high or 0.0
+            axes.barh(y, ratio, height=0.9, color=colours[row.contender])
             axes.plot((low, high), (y, y), color="black", linewidth=0.8)
             weight = "bold" if row.contender == OURS else "normal"
-            text = f"  {digits(row.ms)} ms"
-            axes.text(
-                max(high, row.speedup or 0.0), y, text, va="center", fontsize=7, weight=weight
-            )
+            at = min(max(high, ratio), axes.get_xlim()[1])
+            axes.text(at, y, f"  {digits(row.ms)} ms", va="center", fontsize=7, weight=weight)
             y += 1
         y += 1
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
@@ -122,8 +132,6 @@ def _bars(axes: "Axes", rows: list[Row], colours: dict[str, str]) -> None:
     axes.set_xlabel(
         f"{title}times faster than {rows[0].baseline}, with the 95 % interval", fontsize=8
     )
-    # one interval that a busy machine stretched must not shrink the bars
-    axes.set_xlim(0, 1.25 * max(row.speedup or 0.0 for row in rows))
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -145,7 +153,7 @@ def roofline(rows: list[Row]) -> "Figure":
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _roof(axes, panel, colours, numbers)
     axes.text(1.02, 1, "\n".join(key), transform=axes.transAxes, va="top", fontsize=7)
-    _caption(figure, colours, rows, "roofline")
+    _caption(figure, colours, rows, f"{rows[0].operator}, roofline")
     return figure
 
 

@@ -57,7 +57,7 @@ def details(files: dict[str, list[Row]]) -> str:
             "",
             f"{_where(rows)} [every row]({name}.md), charts in [{name}]({name}).",
             "",
-            f"![Roofline of conv_relu]({name}/roofline.png)",
+            f"![Roofline of conv_relu]({name}/roofline-conv_relu.png)",
             "",
             *_table(_networks(cases)),
             "",
