@@ -68,12 +68,23 @@ def bench(
         list[str] | None, typer.Argument(help="What to time; everything by default.")
     ] = None,
     device: Device = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    size: Annotated[int | None, typer.Option(help="Height and width, in pixels.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images at once.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A minute on a laptop.")] = False,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, bfloat16 or float16; repeatable.")
+    ] = None,
+    size: Annotated[
+        list[int] | None, typer.Option(help="Height and width, in pixels; repeatable.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Images at once; repeatable.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two minutes on a laptop.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File to write the rows to.")
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps rows and charts of each device; resumes what it has."),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin no case after these, and exit with 3.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Folder for charts.")] = None,
     compare: Annotated[Path | None, typer.Option(help="Rows of an earlier run.")] = None,
@@ -87,11 +98,13 @@ def bench(
     status = run(
         operators or (),
         device=device,
-        dtype=dtype,
-        size=size,
-        batch=batch,
+        dtypes=dtype or (),
+        sizes=size or (),
+        batches=batch or (),
         quick=quick,
         json_path=json_file,
+        record_in=record,
+        minutes=minutes,
         plot=plot,
         compare=compare,
         fail_under=fail_under,
