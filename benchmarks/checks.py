@@ -24,8 +24,6 @@ PYTHON_BACKENDS = {
     "gpu": "cudnn",
     "onednn": "onednn",
 }
-# where none of our kernels takes a call, these are PyTorch's own by design
-PYTORCH_ELSEWHERE = ("up_conv", "up_conv_bwd")
 
 
 class RefusedError(Exception):
@@ -157,10 +155,8 @@ class _Watcher(TorchDispatchMode):
         ran = next((who for who in PYTHON_BACKENDS.values() if who in called), native)
         if device == "cpu" and ran != "amx" and _amx_takes(name, args):
             raise RefusedError(f"{name}: this processor's AMX takes the call, but {ran} ran")
-        if (
-            ran == "reference"
-            and name not in PYTORCH_ELSEWHERE
-            and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device.upper())
+        if ran == "reference" and torch._C._dispatch_has_kernel_for_dispatch_key(
+            qualified, device.upper()
         ):
             raise RefusedError(f"{name}: a {device} kernel is there, but the reference ran")
         self.served[name] = ran
@@ -171,17 +167,13 @@ def _amx_takes(name: str, args: Sequence[Any]) -> bool:
     """Whether an operator's call is one for AMX, told apart from what the operator itself finds."""
     if _amx.why_not_here():
         return False
-    if name in ("conv_relu", "conv_relu_pool", "up_conv"):
+    if name in ("conv_relu", "conv_relu_pool"):
         source, weight, needs_it = args[0], args[1], True
     elif name == "conv_relu_bwd":
         source, weight, needs_it = args[0], args[4], args[7][0]
-    elif name == "up_conv_bwd":
-        source, weight, needs_it = args[2], args[3], args[4][0]
     else:
         return False
     wide = source.shape[1] >= _amx.FEW_CHANNELS
-    if name.startswith("up_conv"):
-        wide = wide and weight.shape[1] % _amx.PAIR_CHANNELS == 0
     return needs_it and wide and source.dtype == weight.dtype == torch.bfloat16
 
 

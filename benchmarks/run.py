@@ -19,7 +19,6 @@ from .ops import (
     bench_conv_relu_pair,
     bench_crop_concat,
     bench_separate_touching,
-    bench_up_conv,
     bench_weight_map,
     bench_weighted_cross_entropy,
 )
@@ -30,7 +29,6 @@ BENCHES: dict[str, ModuleType] = {
     "conv_relu": bench_conv_relu,
     "conv_relu_pair": bench_conv_relu_pair,
     "crop_concat": bench_crop_concat,
-    "up_conv": bench_up_conv,
     "weighted_cross_entropy": bench_weighted_cross_entropy,
     "weight_map": bench_weight_map,
     "separate_touching": bench_separate_touching,
