@@ -32,7 +32,7 @@ class Row:
 
     operator: str
     device: str
-    backend: str  # "reference", "cpp", "onednn", "triton" or "cuda"
+    backend: str  # "reference", "cpp", "onednn", "triton" or "cuda"; and "amx" where it serves too
     why: str
 
 
@@ -76,7 +76,17 @@ def _row(operator: str, device: str) -> Row:
     if kernel is None:
         return Row(operator, device, "reference", _why_reference(device))
     native, python = DEVICES[device]
-    return Row(operator, device, python if kernel[1].endswith(".py") else native, "")
+    backend = python if kernel[1].endswith(".py") else native
+    return Row(operator, device, backend + _beside(operator, device), "")
+
+
+def _beside(operator: str, device: str) -> str:
+    """What serves beside the backend that is registered."""
+    # operators are registered after this module is loaded
+    from .ops import _amx
+
+    takes = operator == "conv_relu" and device == "cpu" and not _amx.why_not_here()
+    return ", amx for bfloat16" if takes else ""
 
 
 def _why_reference(device: str) -> str:
