@@ -8,7 +8,10 @@ INSTALLED = $(VENV)/.installed
 LATER_TRITON = 3.9.0
 LATER = $(VENV)-triton-$(LATER_TRITON)
 
-.PHONY: demo test test-triton check bench gpu-check clean
+# minutes that one call of gpu-check may take
+MINUTES ?= 8
+
+.PHONY: demo test test-triton check bench bench-rows readme-table gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastunet demo
@@ -28,12 +31,18 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest --benchmark
 
+# every row of this machine, an hour on two cores; what an interrupt leaves is resumed
+bench-rows: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[bench]"
+	$(BIN)/fastunet bench --record benchmarks/results
+	$(BIN)/python -m benchmarks.results
+
+readme-table: $(INSTALLED)
+	$(BIN)/python -m benchmarks.results
+
 # for a machine with a GPU, a CUDA toolkit and no network: the torch that is there, no .venv
 gpu-check:
-	FASTUNET_BUILD_CUDA=1 $(PYTHON) -m pip install --no-index --no-deps --no-build-isolation --editable .
-	$(PYTHON) -m pytest
-	$(PYTHON) -m fastunet tune
-	$(PYTHON) -m fastunet bench --json gpu.json
+	$(PYTHON) -m benchmarks.gpu_check --minutes $(MINUTES)
 
 # torch comes first and from the constraints: the extension is built against it, without isolation
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)

@@ -1,10 +1,18 @@
 """``pytest --benchmark`` runs the benchmarks and nothing else; plain ``pytest`` runs none."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 SUITE = Path(__file__).parent / "benchmarks" / "pytest_suite.py"
+
+
+# as the console script does; before any hook runs, tests/conftest.py has imported torch
+if "--benchmark" in sys.argv:
+    from fastunet_command import spin_briefly
+
+    spin_briefly()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

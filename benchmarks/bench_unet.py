@@ -1,6 +1,8 @@
 """The whole network: prediction, and a training step from images to updated weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -19,30 +21,40 @@ from .cases import (
     Case,
     Contender,
     Inputs,
+    Prepare,
     Setting,
+    compilations,
     noise,
-    why_not_compiled,
 )
+from .exported import engines
 from .figure import PAPER_SIZE, arrows
 
 QUICK_WIDTHS = (16, 32, 64, 128, 256)
+# batch and size: the paper's, then what people use
+SIZES = (PAPER_SIZE, 256, 512, 1024)
+GPU_SHAPES = tuple(product((1, 16, 4), SIZES))
+# what takes minutes a contender on two cores is left to those who ask for it
+CPU_SHAPES = {
+    False: (*product((1,), SIZES), (4, 256), (16, 256)),
+    True: (*product((1,), SIZES[:3]), (4, 256)),
+}
 
 
 def cases(setting: Setting) -> list[Case]:
     """The paper's network, in quick mode with a quarter of its channels."""
-    size = setting.network_size(quick=252, full=PAPER_SIZE)
-    widths = QUICK_WIDTHS if setting.quick else PAPER_WIDTHS
+    on_cpu = setting.device.type == "cpu"
     return [
-        _case(size, widths, dtype, training, setting)
-        for dtype in setting.dtypes
+        _case(batch, size, dtype, training, setting)
         for training in (False, True)
+        for batch, size in setting.network_shapes(
+            full=CPU_SHAPES[training] if on_cpu else GPU_SHAPES, quick=[(1, 252)]
+        )
+        for dtype in setting.dtypes
     ]
 
 
-def _case(
-    size: int, widths: tuple[int, ...], dtype: torch.dtype, training: bool, setting: Setting
-) -> Case:
-    batch = setting.batch or 1
+def _case(batch: int, size: int, dtype: torch.dtype, training: bool, setting: Setting) -> Case:
+    widths = QUICK_WIDTHS if setting.quick else PAPER_WIDTHS
     *inner, head = arrows(size, widths)
 
     def inputs() -> Inputs:
@@ -54,35 +66,55 @@ def _case(
             "pixel_weight": 1 + noise(shape, setting.device, torch.float32, seed=2).square(),
         }
 
-    def call(model: Any, given: Inputs, module: ModuleType, precision: torch.dtype) -> Call:
-        if training:
-            return train(model, given, module.weighted_cross_entropy, precision)
-        return predict(model, given["images"], precision)
-
     def network(module: ModuleType, layout: str = "contiguous") -> Any:
         torch.manual_seed(0)
         # without dropout, so that all contenders compute the same
         model: Any = UNet(widths=widths, dropout=0.0, ops=module).train(training)
         return model.to(setting.device, memory_format=MEMORY_FORMATS[layout])
 
+    def calls(
+        model: Any, sets: Sequence[Inputs], module: ModuleType, precision: torch.dtype
+    ) -> Sequence[Call]:
+        if training:
+            return train(model, sets, module.weighted_cross_entropy, precision)
+        return [predict(model, given["images"], precision) for given in sets]
+
     def prepare(
-        module: ModuleType, layout: str, compiled: bool = False
-    ) -> Callable[[Inputs], Call]:
-        def prepared(given: Inputs) -> Call:
-            model = network(module, layout)
-            if compiled:
-                model = torch.compile(model, dynamic=False)
-            images = given["images"].clone(memory_format=MEMORY_FORMATS[layout])
-            return call(model, {**given, "images": images}, module, dtype)
+        module: ModuleType, layout: str, transform: Callable[[Any], Any] = lambda model: model
+    ) -> Prepare:
+        def prepared(sets: Sequence[Inputs]) -> Sequence[Call]:
+            own = [
+                {**given, "images": given["images"].clone(memory_format=MEMORY_FORMATS[layout])}
+                for given in sets
+            ]
+            return calls(transform(network(module, layout)), own, module, dtype)
 
         return prepared
 
+    def compiled(mode: str | None) -> Prepare:
+        return prepare(ops.eager, "channels_last", partial(torch.compile, dynamic=False, mode=mode))
+
+    def frozen(model: Any) -> Any:
+        return torch.compile(model, dynamic=False, options={"freezing": True})
+
     def exact(given: Inputs) -> tuple[Tensor, ...]:
-        wide = {name: t.double() if t.is_floating_point() else t for name, t in given.items()}
-        return call(network(ops.eager).double(), wide, ops.eager, torch.float64)()
+        """Image by image, since float64 takes memory; the loss is the mean over the images."""
+        model = network(ops.eager).double()
+        alone = []
+        for i in range(batch):
+            image = {
+                name: (t.double() if t.is_floating_point() else t)[i : i + 1]
+                for name, t in given.items()
+            }
+            (call,) = calls(model, [image], ops.eager, torch.float64)
+            alone.append([result.clone() for result in call()])
+        if training:
+            return tuple(torch.stack(results).mean(0) for results in zip(*alone, strict=True))
+        return (torch.cat([logits for (logits,) in alone]),)
 
     forward_flops = sum(arrow.flops for arrow in (*inner, head))
     first = inner[0].flops
+    only_prediction = "it has no gradient" if training else None
     return Case(
         operator="unet",
         name=f"{batch} x {widths[0]}..{widths[-1]} channels, {size}x{size}, "
@@ -95,13 +127,15 @@ def _case(
                 Contender(name, prepare(ops.eager, layout), layout, trusted=True)
                 for name, layout in EAGER_LAYOUTS.items()
             ),
+            *compilations(compiled, setting),
             Contender(
-                "torch.compile",
-                prepare(ops.eager, "channels_last", compiled=True),
+                "torch.compile freezing",
+                prepare(ops.eager, "channels_last", frozen),
                 "channels_last",
                 backend="inductor",
-                skip=why_not_compiled(setting),
+                skip=only_prediction or _why_not_frozen(setting),
             ),
+            *(() if training else engines(partial(network, ops.eager), dtype, setting)),
             Contender(OURS, prepare(ops, "channels_last"), "channels_last"),
         ),
         # the first convolution has no gradient of the image
@@ -113,21 +147,24 @@ def predict(model: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtyp
     """The logits."""
 
     def call() -> tuple[Tensor, ...]:
-        with torch.inference_mode(), _precision(images.device, dtype):
+        # torch.compile freezes weights without gradients, but not in inference mode
+        with torch.no_grad(), _precision(images.device, dtype):
             return (model(images),)
 
     return call
 
 
-def train(model: Any, given: Inputs, loss_of: Callable[..., Tensor], dtype: torch.dtype) -> Call:
-    """Zero the gradients, forward, loss, backward, update; returns the loss and the gradients.
+def train(
+    model: Any, sets: Sequence[Inputs], loss_of: Callable[..., Tensor], dtype: torch.dtype
+) -> list[Call]:
+    """Zero the gradients, forward, loss, backward, update; gives the loss and the gradients.
 
     The learning rate is 0: all of the optimiser's traffic, and the same weights in each round.
     """
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.99)
 
-    def call() -> tuple[Tensor, ...]:
+    def step(given: Inputs) -> tuple[Tensor, ...]:
         optimizer.zero_grad()
         with _precision(given["images"].device, dtype):
             loss = loss_of(model(given["images"]), given["target"], given["pixel_weight"])
@@ -135,8 +172,14 @@ def train(model: Any, given: Inputs, loss_of: Callable[..., Tensor], dtype: torc
         optimizer.step()
         return (loss.detach(), *(parameter.grad for parameter in parameters))
 
-    return call
+    return [partial(step, given) for given in sets]
 
 
 def _precision(device: torch.device, dtype: torch.dtype) -> Any:
     return autocast(device, dtype if dtype.itemsize < 4 else None)
+
+
+def _why_not_frozen(setting: Setting) -> str | None:
+    if setting.device.type != "cpu":
+        return "compared on the CPU only"
+    return "compiling takes longer than --quick allows" if setting.quick else None

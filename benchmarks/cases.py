@@ -1,8 +1,8 @@
 """What a bench file is made of: a setting gives cases, and a case has inputs and contenders."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -10,12 +10,18 @@ from torch import Tensor
 
 from fastunet.unet import UNet
 
+from .figure import PAPER_SIZE
+
 OURS = "fastunet"
 EAGER_LAYOUTS = {"eager": "contiguous", "eager channels_last": "channels_last"}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# what a case's name may end in, after a comma
+DIRECTIONS = ("forward", "forward + backward", "prediction", "training step")
 
 Inputs = dict[str, Tensor]
 Call = Callable[[], tuple[Tensor, ...]]
+Prepare = Callable[[Sequence[Inputs]], Sequence[Call]]
+Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -25,26 +31,44 @@ class Setting:
     Args:
         device: where fastunet and PyTorch run.
         dtypes: of the inputs; the network runs float16 and bfloat16 under autocast.
-        size: height and width of the network's input in pixels, or None for each file's own.
-        batch: images, or None for each file's own.
+        sizes: heights and widths of the network's input in pixels; none for each file's own.
+        batches: images; none for each file's own.
         quick: few cases, small sizes, and nothing that has to be compiled.
     """
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
-    size: int | None = None
-    batch: int | None = None
+    sizes: tuple[int, ...] = ()
+    batches: tuple[int, ...] = ()
     quick: bool = False
 
     def device_of(self, contender: "Contender") -> torch.device:
         """Where ``contender`` runs."""
         return torch.device("cpu") if contender.on_host else self.device
 
-    def network_size(self, quick: int, full: int) -> int:
-        """The smallest input of the paper's network that is as large as asked for."""
-        wanted = self.size or (quick if self.quick else full)
+    def shapes(self, full: Sequence[Shape], quick: Sequence[Shape]) -> list[Shape]:
+        """Batch and size of each case, the important ones first.
+
+        What was asked for takes the place of the file's own; of what was not, the first is taken.
+        """
+        own = quick if self.quick else full
+        if not (self.sizes or self.batches):
+            return list(own)
+        batch, size = own[0]
+        return [(b, n) for n in self.sizes or (size,) for b in self.batches or (batch,)]
+
+    def layer_shapes(self, quick_size: int) -> list[Shape]:
+        """Batch and size of the network whose layers are timed: figure 1's, on GPUs in batches."""
+        batches = (1,) if self.device.type == "cpu" else (1, 16, 4)
+        full = [(batch, PAPER_SIZE) for batch in batches]
+        return self.network_shapes(full, quick=[(1, quick_size)])
+
+    def network_shapes(self, full: Sequence[Shape], quick: Sequence[Shape]) -> list[Shape]:
+        """The same, with each size taken up to the next that fits the paper's network."""
         with torch.device("meta"):
-            return UNet().fitting_size(wanted)
+            fitting = UNet().fitting_size
+        shapes = self.shapes(full, quick)
+        return list(dict.fromkeys((batch, fitting(size)) for batch, size in shapes))
 
 
 @dataclass(frozen=True)
@@ -53,7 +77,7 @@ class Contender:
 
     Args:
         name: as the table shows it.
-        prepare: makes, from the case's inputs, the call that is timed. It may not change them.
+        prepare: makes the calls that are timed, one for each set of inputs, on memory of its own.
         layout: memory format of the images it is given.
         backend: who computes; fastunet's is found out by watching it.
         trusted: plain code of PyTorch or scipy, whose error is the measure for the others'.
@@ -62,7 +86,7 @@ class Contender:
     """
 
     name: str
-    prepare: Callable[[Inputs], Call]
+    prepare: Prepare
     layout: str = "contiguous"
     backend: str = "torch"
     trusted: bool = False
@@ -77,7 +101,7 @@ class Case:
     Args:
         operator: the bench file's name.
         name: sizes and direction, unique for an operator and dtype.
-        dtype: of the results, whose rounding a contender is allowed.
+        dtype: of the results, whose rounding a contender is allowed; of integers there is none.
         inputs: makes them, the same at each call.
         exact: the results in float64.
         contenders: the first is the one that the others are compared with.
@@ -93,6 +117,22 @@ class Case:
     contenders: tuple[Contender, ...]
     moved_bytes: int = 0
     flops: int = 0
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells it from others."""
+        return self.operator, self.name, dtype_name(self.dtype)
+
+
+def each(make: Callable[[Inputs], Call]) -> Prepare:
+    """A ``Contender.prepare`` that treats each set of inputs alone."""
+    return lambda sets: [make(inputs) for inputs in sets]
+
+
+def in_turn(calls: Sequence[Call]) -> Call:
+    """A call that takes the next of ``calls`` each time."""
+    turns = cycle(calls)
+    return lambda: next(turns)()
 
 
 def bind(
@@ -138,39 +178,38 @@ def rivals(
 ) -> tuple[Contender, ...]:
     """Eager PyTorch in both layouts, ``torch.compile`` of it in two modes, and fastunet."""
 
-    def bound(function: Callable[..., Any], layout: str) -> Callable[[Inputs], Call]:
-        return lambda inputs: bind(function, inputs, leaves, layout)
+    def bound(function: Callable[..., Any], layout: str) -> Prepare:
+        return each(lambda inputs: bind(function, inputs, leaves, layout))
 
-    def compiled(inputs: Inputs, mode: str | None = None) -> Call:
-        function = torch.compile(eager, dynamic=False, mode=mode)
-        return bind(function, inputs, leaves, "channels_last")
+    def compiled(mode: str | None) -> Prepare:
+        def prepare(sets: Sequence[Inputs]) -> Sequence[Call]:
+            function = torch.compile(eager, dynamic=False, mode=mode)
+            return bound(function, "channels_last")(sets)
+
+        return prepare
 
     return (
         *(
             Contender(name, bound(eager, layout), layout, trusted=True)
             for name, layout in EAGER_LAYOUTS.items()
         ),
-        Contender(
-            "torch.compile",
-            compiled,
-            "channels_last",
-            backend="inductor",
-            skip=why_not_compiled(setting),
-        ),
-        Contender(
-            "torch.compile max-autotune",
-            partial(compiled, mode="max-autotune"),
-            "channels_last",
-            backend="inductor",
-            skip=why_not_compiled(setting) or why_no_gpu(setting),
-        ),
+        *compilations(compiled, setting),
         Contender(OURS, bound(ours, "channels_last"), "channels_last"),
     )
 
 
-def why_not_compiled(setting: Setting) -> str | None:
-    """Why ``torch.compile`` takes no part, or None."""
-    return "compiling takes longer than --quick allows" if setting.quick else None
+def compilations(
+    compiled: Callable[[str | None], Prepare], setting: Setting
+) -> tuple[Contender, ...]:
+    """``torch.compile`` as it is and with max-autotune, by what ``compiled`` makes of a mode."""
+    slow = "compiling takes longer than --quick allows" if setting.quick else None
+    return tuple(
+        Contender(name, compiled(mode), "channels_last", backend="inductor", skip=skip)
+        for name, mode, skip in (
+            ("torch.compile", None, slow),
+            ("torch.compile max-autotune", "max-autotune", slow or why_no_gpu(setting)),
+        )
+    )
 
 
 def why_no_gpu(setting: Setting) -> str | None:

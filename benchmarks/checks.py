@@ -1,6 +1,7 @@
 """What a contender must pass before it is timed: right results, by the path that it names."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -9,14 +10,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .cases import OURS, Call, Case, Contender
+from fastunet.ops import _amx
 
-# who computes, by the module that it is called from
+from .cases import OURS, Call, Case, Contender, in_turn
+from .timing import Clock
+
+# who computes, by the module that it is called from; of several that were called the first counts
 PYTHON_BACKENDS = {
-    "triton_kernels": "triton",
-    "onednn": "onednn",
+    "_amx": "amx",
     "winograd": "winograd",
+    "triton_kernels": "triton",
+    # an operator's own reference, not what else stands there
+    "reference": "reference",
     "gpu": "cudnn",
+    "onednn": "onednn",
 }
 
 
@@ -30,9 +37,9 @@ class Trial:
 
     Args:
         contender: which.
-        call: one run of it.
-        backend: who computes; for fastunet "reference", "cpp", "onednn", "winograd", "triton",
-            "cudnn" or "cuda", by operator where they differ.
+        call: one run of it, on the next of its sets of inputs.
+        backend: who computes; for fastunet "reference", "cpp", "amx", "winograd", "onednn",
+            "triton", "cudnn" or "cuda", by operator where they differ.
         errors: largest absolute error of each result.
     """
 
@@ -50,14 +57,15 @@ class Judge:
     asked that they compute the same: half of the digits agree.
     """
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, clock: Clock) -> None:
         if "torch._dynamo" in sys.modules:
             # or the shapes of earlier cases would use up its limit, and this one would run eagerly
             torch.compiler.reset()
         self._inputs = case.inputs()
+        self._copies = clock.copies(sum(tensor.nbytes for tensor in self._inputs.values()))
         self._exact = case.exact(self._inputs)
         self._trials = {c.name: self._run(c) for c in case.contenders if c.trusted}
-        rounding = torch.finfo(case.dtype).eps
+        rounding = torch.finfo(case.dtype).eps if case.dtype.is_floating_point else 0.0
         self._strict, self._lenient = [], []
         for exact, *errors in zip(
             self._exact, *(trial.errors for trial in self._trials.values()), strict=True
@@ -80,13 +88,13 @@ class Judge:
         return trial
 
     def _run(self, contender: Contender) -> Trial:
-        call = contender.prepare(self._inputs)
+        first, *others = contender.prepare([self._inputs] * self._copies)
         backend = contender.backend
         if contender.name == OURS:
-            outputs, served = watch(call)
+            outputs, served = watch(first)
             backend = _named(served)
         else:
-            outputs = call()
+            outputs = first()
         shapes, exact_shapes = ([list(t.shape) for t in ts] for ts in (outputs, self._exact))
         if shapes != exact_shapes:
             raise RefusedError(f"results have shapes {shapes}, should have {exact_shapes}")
@@ -94,14 +102,17 @@ class Judge:
             _largest(actual.detach().to(exact) - exact)
             for actual, exact in zip(outputs, self._exact, strict=True)
         ]
-        return Trial(contender, call, backend, errors)
+        for call in others:
+            call()
+        return Trial(contender, in_turn([first, *others]), backend, errors)
 
 
 def watch(call: Call) -> tuple[tuple[Tensor, ...], dict[str, str]]:
     """Run ``call`` once and see who computed each of fastunet's operators in it.
 
-    Returns: its outputs, and who computed, as ``Trial.backend`` has it, by operator.
-    Raises: RefusedError if a kernel is registered for an operator and its reference ran.
+    Returns: its outputs, and by operator who served, as in ``Trial.backend``.
+    Raises: RefusedError if a kernel is registered for an operator and its reference ran, or if the
+        processor has AMX for a call and something else ran.
     """
     watcher = _Watcher()
     # backward runs on the watched thread, on a GPU too
@@ -126,15 +137,16 @@ class _Watcher(TorchDispatchMode):
             return func(*args, **kwargs)
         name = qualified.removeprefix("fastunet::")
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        ran = {"cpu": "cpp"}.get(device, device)
+        called: set[str] = set()
 
         def note(frame: FrameType, event: str, _: object) -> None:
-            nonlocal ran
-            if event == "call" and frame.f_code.co_name == f"{name}_reference":
-                ran = "reference"
-            elif event == "call":
-                module = frame.f_globals.get("__name__", "").rpartition(".")[2]
-                ran = PYTHON_BACKENDS.get(module, ran)
+            module = frame.f_globals.get("__name__", "").rpartition(".")[2]
+            if event != "call" or frame.f_code.co_name.startswith("unsupported"):
+                return
+            if frame.f_code.co_name == f"{name}_reference":
+                called.add("reference")
+            elif module in PYTHON_BACKENDS and module != "reference":
+                called.add(PYTHON_BACKENDS[module])
 
         before = sys.getprofile()
         sys.setprofile(note)
@@ -142,12 +154,30 @@ class _Watcher(TorchDispatchMode):
             result = func(*args, **kwargs)
         finally:
             sys.setprofile(before)
+        native = {"cpu": "cpp"}.get(device, device)
+        ran = next((who for who in PYTHON_BACKENDS.values() if who in called), native)
+        if device == "cpu" and ran != "amx" and _amx_takes(name, args):
+            raise RefusedError(f"{name}: this processor's AMX takes the call, but {ran} ran")
         if ran == "reference" and torch._C._dispatch_has_kernel_for_dispatch_key(
             qualified, device.upper()
         ):
             raise RefusedError(f"{name}: a {device} kernel is there, but the reference ran")
         self.served[name] = ran
         return result
+
+
+def _amx_takes(name: str, args: Sequence[Any]) -> bool:
+    """Whether an operator's call is one for AMX, told apart from what the operator itself finds."""
+    if _amx.why_not_here():
+        return False
+    if name in ("conv_relu", "conv_relu_pool"):
+        source, weight, needs_it = args[0], args[1], True
+    elif name == "conv_relu_bwd":
+        source, weight, needs_it = args[0], args[4], args[7][0]
+    else:
+        return False
+    wide = source.shape[1] >= _amx.FEW_CHANNELS
+    return needs_it and wide and source.dtype == weight.dtype == torch.bfloat16
 
 
 def _named(served: dict[str, str]) -> str:

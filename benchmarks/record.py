@@ -4,7 +4,8 @@ import json
 import platform
 import re
 import subprocess
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,23 @@ import torch
 import fastunet
 from fastunet.files import replacing
 
-from .cases import OURS
+from .cases import DIRECTIONS
 
 COLUMNS = (
     "case",
     "contender",
     "backend",
     "ms",
+    "95 % interval",
     "p20 to p80",
     "speed-up",
     "rate",
     "of ceiling",
 )
 
-_KEY = ("operator", "case", "dtype", "contender")
 _PLACE = ("device", "driver", "torch", "triton", "threads", "tf32")
+# what rows are made of; results and notes beside it do not make it another commit
+_SOURCES = ("fastunet", "csrc", "setup.py", "benchmarks", ":!benchmarks/results")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Environment:
     """Where and with what a row was measured.
 
     Args:
-        commit: of the checkout, "-dirty" if changed; the version where there is none.
+        commit: of the checkout, "-dirty" if sources changed; the version where there is none.
         device: the processor's or GPU's own name.
         driver: of the GPU, None on the CPU.
         torch, triton: versions; None if not installed.
@@ -53,6 +56,10 @@ class Environment:
     threads: int
     tf32: str
 
+    def is_place_of(self, other: "Environment") -> bool:
+        """Whether only the commit differs, if anything."""
+        return all(getattr(self, name) == getattr(other, name) for name in _PLACE)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -65,6 +72,7 @@ class Row:
         reason: of any status but "timed".
         baseline: the contender that speed-ups are over.
         ms, p20_ms, p80_ms: median and percentiles over ``rounds`` of one call.
+        low_ms, high_ms: the median's 95 % interval.
         speedup, speedup_low, speedup_high: baseline's time over this, with its 95 % interval.
         gb_s, tflop_s: the case's bytes and operations over the median; None if not counted.
         bound: what limits the case at those ceilings, "bytes" or "operations".
@@ -87,6 +95,8 @@ class Row:
     ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
     rounds: int | None = None
     speedup: float | None = None
     speedup_low: float | None = None
@@ -98,6 +108,17 @@ class Row:
     copy_gb_s: float | None = None
     matmul_tflop_s: float | None = None
     error: float | None = None
+
+    @property
+    def case_key(self) -> tuple[str, str, str]:
+        """``Case.key`` of its case."""
+        return self.operator, self.case, self.dtype
+
+    @property
+    def direction(self) -> str:
+        """Which of ``DIRECTIONS`` the case is, or ""."""
+        last = self.case.rpartition(", ")[2]
+        return last if last in DIRECTIONS else ""
 
     def flat(self) -> dict[str, Any]:
         """The row as one level of names and values, rounded to what was measured."""
@@ -118,6 +139,7 @@ class Row:
             self.contender,
             self.backend,
             digits(self.ms),
+            f"{digits(self.low_ms)} to {digits(self.high_ms)}",
             f"{digits(self.p20_ms)} to {digits(self.p80_ms)}",
             speed,
             self._rate(),
@@ -130,7 +152,7 @@ class Row:
         return flop_rate(self.tflop_s or 0.0)
 
 
-def notes(rows: list[Row]) -> list[str]:
+def notes(rows: Iterable[Row]) -> list[str]:
     """Why rows were not timed, a line for each contender and reason."""
     cases: dict[str, list[str]] = {}
     for row in rows:
@@ -168,74 +190,112 @@ def environment(device: torch.device) -> Environment:
     )
 
 
+def slug(where: Environment) -> str:
+    """The device as the name of a file: "nvidia-h100-80gb-hbm3"."""
+    name = where.device.replace("(R)", "").replace("(TM)", "").lower()
+    threads = "" if where.driver else f" {where.threads} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name + threads).strip("-")
+
+
 def write(rows: list[Row], path: Path) -> None:
     """Write the rows to ``path`` as JSON, and beside it as a Markdown table."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps([row.flat() for row in rows], indent=1) + "\n")
     with replacing(path.with_suffix(".md")) as temporary:
-        temporary.write_text(markdown(rows))
+        # of the numbers as they are kept
+        temporary.write_text(markdown(read(path)))
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that ``write`` wrote.
+def read(path: Path) -> list[Row]:
+    """The rows of a file that ``write`` or ``pytest --benchmark --benchmark-json`` wrote.
 
     Raises: ValueError, naming the file, if it is none.
     """
     try:
-        rows = json.loads(path.read_text())
+        flat = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError:
-        rows = None
-    wanted = {*_KEY, "ms", "p20_ms", "p80_ms"}
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and wanted <= row.keys() for row in rows
-    ):
-        raise ValueError(f"{path}: must hold rows that fastunet bench wrote")
-    return rows
+        flat = None
+    try:
+        if isinstance(flat, dict):
+            flat = [benchmark["extra_info"] for benchmark in flat["benchmarks"]]
+        return [_row(values) for values in flat]
+    except (TypeError, KeyError):
+        raise ValueError(f"{path}: must hold rows that fastunet bench wrote") from None
+
+
+def _row(flat: dict[str, Any]) -> Row:
+    """The row that ``Row.flat`` made ``flat`` of; columns that are new or gone are no error."""
+    where, values = (
+        {field.name: flat[field.name] for field in fields(kind) if field.name in flat}
+        for kind in (Environment, Row)
+    )
+    return Row(environment=Environment(**where), **values)
+
+
+def line(cells: Iterable[str]) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
 
 
 def markdown(rows: list[Row]) -> str:
     """A table an operator under a list of where and with what."""
     lines = [f"- {name}: {value}" for name, value in asdict(rows[0].environment).items()]
     for operator in dict.fromkeys(row.operator for row in rows):
-        lines += ["", f"## {operator}", "", _line(COLUMNS), _line("---" for _ in COLUMNS)]
+        lines += ["", f"## {operator}", "", line(COLUMNS), line("---" for _ in COLUMNS)]
         found = [row for row in rows if row.operator == operator]
-        lines += [_line(row.cells()) for row in found if row.status == "timed"]
+        lines += [line(row.cells()) for row in found if row.status == "timed"]
         lines += ["", *notes(found)]
     return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True)
 class Change:
-    """A row's time now and in an older file; ``clear`` if the percentiles do not overlap."""
+    """A row now and in an older file.
+
+    Args:
+        factor: how many times faster it is now.
+        clear: the ranges from 20th to 80th percentile do not overlap.
+        same: the intervals of the medians do.
+    """
 
     row: Row
-    old_ms: float
+    old: Row
     factor: float
     clear: bool
+    same: bool
 
 
-def changes(rows: list[Row], old: list[dict[str, Any]]) -> list[Change]:
-    """How many times faster fastunet's rows are than the same ones of an older file."""
-    before = {tuple(row[name] for name in _KEY): row for row in old if row.get("ms") is not None}
+def changes(rows: list[Row], old: list[Row]) -> list[Change]:
+    """The rows that were timed both now and in an older file."""
+    before = {(row.case_key, row.contender): row for row in old if row.ms is not None}
     found = []
     for row in rows:
-        then = before.get(tuple(getattr(row, name) for name in _KEY))
-        if row.contender != OURS or row.ms is None or then is None:
+        then = before.get((row.case_key, row.contender))
+        if row.ms is None or then is None or then.ms is None:
             continue
-        clear = row.p80_ms < then["p20_ms"] or then["p80_ms"] < row.p20_ms
-        found.append(Change(row, then["ms"], then["ms"] / row.ms, clear))
+        apart = _apart((row.p20_ms, row.p80_ms), (then.p20_ms, then.p80_ms))
+        same = not _apart((row.low_ms, row.high_ms), (then.low_ms, then.high_ms))
+        found.append(Change(row, then, then.ms / row.ms, apart, same))
     return found
 
 
-def moved(rows: list[Row], old: list[dict[str, Any]]) -> list[str]:
+def _apart(one: tuple[float | None, ...], other: tuple[float | None, ...]) -> bool:
+    """Whether two ranges have nothing in common; False where a limit is not known."""
+    (a, b), (c, d) = one, other
+    return None not in (a, b, c, d) and (b < c or d < a)  # type: ignore[operator]
+
+
+def moved(rows: list[Row], old: list[Row]) -> list[str]:
     """What differs between the places of two files: their times then say little of the code."""
-    now, then = rows[0].flat(), old[0] if old else {}
+    if not (rows and old):
+        return []
+    now, then = (asdict(found[0].environment) for found in (rows, old))
     return [
-        f"{name}: {then.get(name)} before, {now[name]} now"
+        f"{name}: {then[name]} before, {now[name]} now"
         for name in _PLACE
-        if then and then.get(name) != now[name]
+        if then[name] != now[name]
     ]
 
 
@@ -256,17 +316,14 @@ def flop_rate(tflop_s: float) -> str:
     return f"{digits(tflop_s)} TFLOP/s" if tflop_s >= 1 else f"{digits(tflop_s * 1e3)} GFLOP/s"
 
 
-def _line(cells: Any) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _commit() -> str:
     root = Path(__file__).resolve().parents[1]
-    described = ""
+    git = ("git", "-C", str(root))
     # an installed copy may lie inside somebody else's checkout
-    if (root / ".git").exists():
-        described = _output("git", "-C", str(root), "describe", "--always", "--dirty")
-    return described or f"fastunet {fastunet.__version__}"
+    if (root / ".git").exists() and (commit := _output(*git, "rev-parse", "--short", "HEAD")):
+        changed = _output(*git, "status", "--porcelain", "--", *_SOURCES)
+        return f"{commit}-dirty" if changed else commit
+    return f"fastunet {fastunet.__version__}"
 
 
 def _version(package: str) -> str | None:

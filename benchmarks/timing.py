@@ -16,24 +16,35 @@ Samples = NDArray[np.float64]
 
 # a sample shorter than this is mostly the clock and the scheduler
 SHORTEST_SAMPLE_MS = 1.0
+# calls before any sample, unless they are slow: a GPU's clock rises, caches and branches are learnt
+WARM_UPS = 3
+SLOW_MS = 500.0
+# sets of inputs that take turns on a GPU, at most
+MOST_COPIES = 8
+# how long the best of a ceiling is looked for
+CEILING_SECONDS = 1.0
 BOOTSTRAPS = 2000
+# runs of consecutive rounds that are drawn together, since neighbours are alike
+BLOCKS = 5
+INTERVAL = (2.5, 97.5)
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure one case, and the fewest and most rounds."""
+    """How long to measure one case, and the fewest and most rounds, each time it is visited."""
 
     seconds: float
     fewest: int
     most: int
+    visits: int = 1
 
     def rounds(self, round_ms: float) -> int:
         """How many rounds of ``round_ms`` to measure."""
         return min(max(round(self.seconds * 1e3 / round_ms), self.fewest), self.most)
 
 
-FULL = Effort(seconds=5.0, fewest=15, most=200)
-QUICK = Effort(seconds=0.6, fewest=7, most=50)
+FULL = Effort(seconds=3.0, fewest=5, most=200)
+QUICK = Effort(seconds=0.6, fewest=3, most=40, visits=5)
 
 
 @dataclass(frozen=True)
@@ -48,8 +59,8 @@ class Clock:
     """Times calls on one device.
 
     On a GPU a sample is one call between two events, after the L2 cache was overwritten: that write
-    also keeps the GPU busy while the host launches. On the CPU it is as many calls as make a
-    millisecond, with warm caches.
+    also keeps the GPU busy while the host launches. Its inputs are not those of the call before. On
+    the CPU it is as many calls as make a millisecond, with warm caches.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -68,27 +79,25 @@ class Clock:
     def _sample_gpu(self, call: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.device(self._device):
-            self.evict()
+            _scratch(self._device).zero_()
             start.record()
             call()
             end.record()
             end.synchronize()
         return start.elapsed_time(end)
 
-    def evict(self) -> None:
-        """Overwrite the L2 cache of a GPU."""
-        if self._on_gpu:
-            _scratch(self._device).zero_()
+    def copies(self, input_bytes: int) -> int:
+        """How many sets of inputs take turns, so that none is in the L2 cache of a GPU any more."""
+        if not self._on_gpu:
+            return 1
+        return min(1 + math.ceil(_cache_bytes(self._device) / max(input_bytes, 1)), MOST_COPIES)
 
-    def wait(self) -> None:
-        """Wait until a GPU has done what it was given."""
-        if self._on_gpu:
-            torch.cuda.synchronize(self._device)
-
-    def repeats(self, call: Callable[[], object]) -> tuple[int, float]:
+    def warm_up(self, call: Callable[[], object]) -> tuple[int, float]:
         """How many calls make a sample, and about how many milliseconds that sample takes."""
-        one = max(self.sample(call, 1), 1e-4)
-        repeats = 1 if self._on_gpu else math.ceil(SHORTEST_SAMPLE_MS / one)
+        one = self.sample(call, 1)
+        for _ in range(WARM_UPS - 1 if one < SLOW_MS else 0):
+            one = min(one, self.sample(call, 1))
+        repeats = 1 if self._on_gpu else math.ceil(SHORTEST_SAMPLE_MS / max(one, 1e-4))
         return repeats, one * repeats
 
 
@@ -101,7 +110,7 @@ def interleave(
 
     Returns: [calls, rounds] milliseconds.
     """
-    plans = [clock.repeats(call) for call, clock in zip(calls, clocks, strict=True)]
+    plans = [clock.warm_up(call) for call, clock in zip(calls, clocks, strict=True)]
     round_ms = sum(sample_ms for _, sample_ms in plans)
     samples = np.empty((len(calls), effort.rounds(round_ms)))
     order = np.random.default_rng(0)
@@ -123,21 +132,26 @@ def summary(samples: Samples) -> tuple[float, float, float]:
     return float(median), float(p20), float(p80)
 
 
+def interval(samples: Samples) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the median."""
+    low, high = np.percentile(np.median(samples[_draws(len(samples))], axis=1), INTERVAL)
+    return float(low), float(high)
+
+
 def speedup(baseline: Samples, samples: Samples) -> tuple[float, float, float]:
     """How many times faster than ``baseline``, by medians, and the 95 % bootstrap interval.
 
     Rounds are drawn, not samples: both calls of a round saw the same state of the machine.
     """
-    rounds = len(samples)
-    drawn = np.random.default_rng(0).integers(rounds, size=(BOOTSTRAPS, rounds))
+    drawn = _draws(len(samples))
     ratios = np.median(baseline[drawn], axis=1) / np.median(samples[drawn], axis=1)
-    low, high = np.percentile(ratios, (2.5, 97.5))
+    low, high = np.percentile(ratios, INTERVAL)
     return float(np.median(baseline) / np.median(samples)), float(low), float(high)
 
 
 @cache
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """The copy rate, bytes read and written, and the matrix rate in ``dtype``; the best of 15."""
+    """The copy rate, bytes read and written, and the matrix rate in ``dtype``, at their best."""
     clock = Clock(device)
     copied_bytes, n = (1 << 30, 8192) if device.type == "cuda" else (1 << 27, 1024)
     source = torch.ones(copied_bytes, dtype=torch.int8, device=device)
@@ -155,10 +169,29 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 @cache
 def _scratch(device: torch.device) -> torch.Tensor:
     """Four times as large as the L2 cache."""
-    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    return torch.empty(4 * cache_bytes, dtype=torch.int8, device=device)
+    return torch.empty(4 * _cache_bytes(device), dtype=torch.int8, device=device)
+
+
+def _cache_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def _draws(rounds: int) -> NDArray[np.int64]:
+    """[BOOTSTRAPS, about rounds]: the rounds of each resampling; blocks, then rounds in them."""
+    blocks = min(BLOCKS, rounds)
+    random = np.random.default_rng(0)
+    edges = np.linspace(0, rounds, blocks + 1).round().astype(np.int64)
+    drawn = random.integers(blocks, size=(BOOTSTRAPS, blocks, 1))
+    place = random.random((BOOTSTRAPS, blocks, math.ceil(rounds / blocks)))
+    start, end = edges[drawn], edges[drawn + 1]
+    return (start + place * (end - start)).astype(np.int64).reshape(BOOTSTRAPS, -1)
 
 
 def _best(clock: Clock, call: Callable[[], Any]) -> float:
+    """The least milliseconds of a call, in a second, since others may use the machine meanwhile."""
     call()
-    return min(clock.sample(call, 1) for _ in range(15))
+    until = time.monotonic() + CEILING_SECONDS
+    least = clock.sample(call, 1)
+    while time.monotonic() < until:
+        least = min(least, clock.sample(call, 1))
+    return least

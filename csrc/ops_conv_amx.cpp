@@ -44,7 +44,7 @@ bool has_taps(const Tensor& weight) {
 void set_bias(cpu::ConvAmx& conv, const std::optional<Tensor>& bias) {
   if (!bias.has_value()) return;
   check(*bias, 1, "bias");
-  STD_TORCH_CHECK(bias->size(0) == conv.c_out / conv.n_outputs && bias->is_contiguous(),
+  STD_TORCH_CHECK(bias->size(0) == conv.c_out && bias->is_contiguous(),
                   "conv_amx: bias must be contiguous, one value an output channel");
   conv.bias = bits(*bias);
 }
@@ -63,16 +63,12 @@ void check_padding(int64_t padding) {
   STD_TORCH_CHECK(padding == 0 || padding == 1, "conv_amx: padding must be 0 or 1");
 }
 
-// A new tensor for the only output, [B, H, W, C].
+// A new tensor for the output, [B, H, W, C].
 Tensor new_output(cpu::ConvAmx& conv, const Tensor& like) {
   const int64_t height = conv.out_height(), width = conv.out_width();
   STD_TORCH_CHECK(height > 0 && width > 0, "conv_amx: too few pixels");
   const Tensor y = new_empty(like, {like.size(0), height, width, conv.c_out});
-  conv.outputs[0] = mutable_bits(y);
-  conv.n_outputs = 1;
-  conv.out_column_stride = conv.c_out;
-  conv.out_row_stride = width * conv.out_column_stride;
-  conv.out_image_stride = height * conv.out_row_stride;
+  conv.y = mutable_bits(y);
   return y;
 }
 
@@ -102,7 +98,6 @@ std::tuple<Tensor, Tensor> conv_relu_amx(const Tensor& x, const std::optional<Te
   conv.inputs[conv.n_inputs++] = pixels(x, "x");
   conv.height = x.size(2);
   conv.width = x.size(3);
-  conv.taps = 3;
   conv.padding = padding;
   check(weight, 4, "weight");
   STD_TORCH_CHECK(weight.size(0) > 0 && weight.size(1) == conv.c_in() && has_taps(weight),
@@ -128,7 +123,6 @@ Tensor conv_grad_amx(const Tensor& grad, const Tensor& weight, int64_t padding,
   conv.inputs[conv.n_inputs++] = pixels(grad, "grad");
   conv.height = grad.size(2);
   conv.width = grad.size(3);
-  conv.taps = 3;
   conv.padding = 2 - padding;
   check(weight, 4, "weight");
   STD_TORCH_CHECK(weight.size(0) == conv.c_in() && weight.size(1) > 0 && has_taps(weight),
@@ -143,65 +137,6 @@ Tensor conv_grad_amx(const Tensor& grad, const Tensor& weight, int64_t padding,
   return grad_x;
 }
 
-// What weights [C_in, C_out, 2, 2] must be: a matrix of C_in rows, each [2, 2, C_out].
-void check_up(const Tensor& weight, int64_t c_in) {
-  check(weight, 4, "weight");
-  const int64_t c_out = weight.size(1);
-  STD_TORCH_CHECK(weight.size(0) == c_in && weight.size(2) == 2 && weight.size(3) == 2 &&
-                      weight.stride(1) == 1 && weight.stride(3) == c_out &&
-                      weight.stride(2) == 2 * c_out,
-                  "conv_amx: weight must be [", c_in, ", C_out, 2, 2] in channels_last");
-}
-
-Tensor up_conv_amx(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                   bool relu) {
-  cpu::ConvAmx conv = {};
-  conv.inputs[conv.n_inputs++] = pixels(x, "x");
-  const int64_t height = conv.height = x.size(2), width = conv.width = x.size(3);
-  conv.taps = 1;
-  check_up(weight, conv.c_in());
-  const int64_t c = weight.size(1);
-  STD_TORCH_CHECK(c > 0 && c % 32 == 0, "conv_amx: C_out must be a multiple of 32, got ", c);
-  conv.c_out = 4 * c;
-  conv.relu = relu;
-  const Tensor y = new_empty(x, {x.size(0), 2 * height, 2 * width, c});
-  // the four pixels under each of x
-  conv.n_outputs = 4;
-  for (int64_t k = 0; k < 4; ++k) {
-    conv.outputs[k] = mutable_bits(y) + (k / 2 * 2 * width + k % 2) * c;
-  }
-  conv.out_column_stride = 2 * c;
-  conv.out_row_stride = 4 * width * c;
-  conv.out_image_stride = height * conv.out_row_stride;
-  set_bias(conv, bias);
-  run(conv, {bits(weight), 1, 0, weight.stride(0)}, x);
-  return y;
-}
-
-Tensor up_conv_grad_amx(const Tensor& grad, const Tensor& weight) {
-  cpu::ConvAmx conv = {};
-  cpu::Pixels all = pixels(grad, "grad");
-  STD_TORCH_CHECK(grad.size(2) % 2 == 0 && grad.size(3) % 2 == 0, "conv_amx: grad has odd sizes");
-  const int64_t row = all.row_stride, column = all.column_stride;
-  all.row_stride *= 2;
-  all.column_stride *= 2;
-  for (int64_t k = 0; k < 4; ++k) {
-    conv.inputs[k] = all;
-    conv.inputs[k].data += k / 2 * row + k % 2 * column;
-  }
-  conv.n_inputs = 4;
-  conv.height = grad.size(2) / 2;
-  conv.width = grad.size(3) / 2;
-  conv.taps = 1;
-  check_up(weight, weight.size(0));
-  STD_TORCH_CHECK(weight.size(1) == grad.size(1) && weight.size(0) > 0,
-                  "conv_amx: weight must be [C_in, ", grad.size(1), ", 2, 2]");
-  conv.c_out = weight.size(0);
-  const Tensor grad_x = new_output(conv, grad);
-  run(conv, {bits(weight), weight.stride(0), 0, 1}, grad);
-  return grad_x;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastunet, CompositeExplicitAutograd, m) {
@@ -211,8 +146,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastunet, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastunet, CPU, m) {
   m.impl("conv_relu_amx", TORCH_BOX(&conv_relu_amx));
   m.impl("conv_grad_amx", TORCH_BOX(&conv_grad_amx));
-  m.impl("up_conv_amx", TORCH_BOX(&up_conv_amx));
-  m.impl("up_conv_grad_amx", TORCH_BOX(&up_conv_grad_amx));
 }
 
 }  // namespace fastunet

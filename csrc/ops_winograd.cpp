@@ -213,10 +213,10 @@ std::tuple<Tensor, Tensor> winograd_conv_relu_cpu(const Tensor& x, const Tensor&
   return {y, pooled};
 }
 
-std::tuple<Tensor, Tensor> winograd_grad_input_cpu(const Tensor& grad, const Tensor& weight,
-                                                   int64_t padding, const Tensor& x,
-                                                   const std::optional<Tensor>& skip, bool need_x,
-                                                   bool need_skip, bool relu_made_x) {
+std::tuple<Tensor, Tensor> winograd_grad_images_cpu(const Tensor& grad, const Tensor& weight,
+                                                    int64_t padding, const Tensor& x,
+                                                    const std::optional<Tensor>& skip, bool need_x,
+                                                    bool need_skip, bool relu_made_x) {
   const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
   const int64_t channels = x.size(1), skip_channels = channels_of(skip);
   need_skip = need_skip && skip.has_value();
@@ -252,5 +252,5 @@ std::tuple<Tensor, Tensor> winograd_grad_input_cpu(const Tensor& grad, const Ten
 
 STABLE_TORCH_LIBRARY_IMPL(fastunet, CPU, m) {
   m.impl("winograd_conv_relu", TORCH_BOX(&fastunet::winograd::winograd_conv_relu_cpu));
-  m.impl("winograd_grad_input", TORCH_BOX(&fastunet::winograd::winograd_grad_input_cpu));
+  m.impl("winograd_grad_images", TORCH_BOX(&fastunet::winograd::winograd_grad_images_cpu));
 }

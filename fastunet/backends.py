@@ -13,7 +13,6 @@ import torch
 OPERATORS = (
     "conv_relu",
     "crop_concat",
-    "up_conv",
     "weighted_cross_entropy",
     "weight_map",
     "separate_touching",
@@ -33,7 +32,7 @@ class Row:
 
     operator: str
     device: str
-    backend: str  # "reference", "cpp", "onednn", "triton" or "cuda"
+    backend: str  # "reference", "cpp", "onednn", "triton" or "cuda"; and what serves beside
     why: str
 
 
@@ -77,7 +76,20 @@ def _row(operator: str, device: str) -> Row:
     if kernel is None:
         return Row(operator, device, "reference", _why_reference(device))
     native, python = DEVICES[device]
-    return Row(operator, device, python if kernel[1].endswith(".py") else native, "")
+    backend = python if kernel[1].endswith(".py") else native
+    return Row(operator, device, backend + _beside(operator, device), "")
+
+
+def _beside(operator: str, device: str) -> str:
+    """What serves beside the backend that is registered."""
+    # operators are registered after this module is loaded
+    from .ops import _amx
+    from .ops.conv_relu import winograd_rule
+
+    if (operator, device) != ("conv_relu", "cpu"):
+        return ""
+    winograd = "" if winograd_rule.why_not_here() else ", Winograd F(4x4, 3x3) for float32"
+    return winograd + ("" if _amx.why_not_here() else ", amx for bfloat16")
 
 
 def _why_reference(device: str) -> str:

@@ -1,15 +1,9 @@
-"""The benchmarks: what they count, what they refuse, how they time, what they record."""
+"""The benchmarks: what they count, what they refuse, how they time."""
 
-import json
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
 from functools import partial
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +13,25 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import record, run
-from benchmarks.cases import OURS, Case, Contender, Inputs, Setting, bind
+from benchmarks import record, run, timing
+from benchmarks.cases import OURS, Case, Contender, Inputs, Setting, bind, each
 from benchmarks.checks import Judge, RefusedError, watch
 from benchmarks.figure import arrows
+from benchmarks.measure import time_cases
 from benchmarks.ops import bench_weight_map
-from benchmarks.timing import Clock, Effort, interleave, measure_ceilings, speedup, summary
+from benchmarks.timing import (
+    Clock,
+    Effort,
+    interleave,
+    interval,
+    measure_ceilings,
+    speedup,
+    summary,
+)
 from fastunet import UNet, ops
+from fastunet.ops import _amx
+from fastunet.ops.conv_relu import onednn
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
@@ -48,7 +52,7 @@ def test_arrows_are_the_network(size: int, widths: tuple[int, ...]) -> None:
 
 def test_conv_relu_bytes() -> None:
     # 1 x 1 -> 64 at 188: the image, 9 taps and a bias a channel, 64 images of 186
-    case = run.BENCHES["conv_relu"].cases(Setting(CPU, (torch.float32,), size=188))[0]
+    case = run.BENCHES["conv_relu"].cases(Setting(CPU, (torch.float32,), sizes=(188,)))[0]
     assert case.moved_bytes == 4 * (188**2 + 64 * 9 + 64 + 64 * 186**2)
     assert case.flops == 2 * 9 * 64 * 186**2
 
@@ -67,9 +71,11 @@ def test_case_names_are_unique(name: str, quick: bool) -> None:
 @pytest.mark.parametrize("name", run.BENCHES)
 def test_contenders_agree(name: str, device: torch.device) -> None:
     size = 64 if name == "weight_map" else 188
-    for case in run.BENCHES[name].cases(Setting(device, (torch.float32,), size=size, quick=True)):
+    for case in run.BENCHES[name].cases(
+        Setting(device, (torch.float32,), sizes=(size,), quick=True)
+    ):
         if case.flops < 3e9:
-            judge = Judge(case)
+            judge = Judge(case, Clock(device))
             for contender in case.contenders:
                 if not contender.skip:
                     judge.admit(contender)
@@ -79,7 +85,7 @@ def _case(ours: Callable[..., Any], leaves: Sequence[str] = ("x",)) -> Case:
     """Doubling of 8 numbers, in plain PyTorch and by ``ours``."""
 
     def contender(name: str, function: Callable[..., Any], *, trusted: bool = False) -> Contender:
-        return Contender(name, lambda given: bind(function, given, leaves), trusted=trusted)
+        return Contender(name, each(lambda given: bind(function, given, leaves)), trusted=trusted)
 
     def twice(x: Tensor) -> Tensor:
         return x + x
@@ -92,6 +98,27 @@ def _case(ours: Callable[..., Any], leaves: Sequence[str] = ("x",)) -> Case:
 
     contenders = (contender("eager", twice, trusted=True), contender(OURS, ours))
     return Case("double", "8", torch.float32, inputs, exact, contenders, moved_bytes=64)
+
+
+def _console() -> tuple[Console, StringIO]:
+    text = StringIO()
+    return Console(file=text, width=200), text
+
+
+def _run_only(monkeypatch: pytest.MonkeyPatch, case: Case, console: Console, **options: Any) -> int:
+    class Bench:
+        @staticmethod
+        def cases(setting: Setting) -> list[Case]:
+            return [case]
+
+    monkeypatch.setitem(run.BENCHES, case.operator, Bench)
+    return run.run([case.operator], device="cpu", quick=True, console=console, **options)
+
+
+def _rows(case: Case) -> list[record.Row]:
+    setting = run.choose("cpu", quick=True)
+    ((_, timings),) = time_cases([case], setting, record.environment(CPU))
+    return [timing.row for timing in timings]
 
 
 @pytest.fixture
@@ -131,16 +158,28 @@ def test_watch_sees_backward() -> None:
 
 def test_silent_fallback_is_refused(probe: torch.library.Library) -> None:
     case = _case(_probe, leaves=())
-    assert Judge(case).admit(case.contenders[1]).backend == "reference"
+    assert Judge(case, Clock(CPU)).admit(case.contenders[1]).backend == "reference"
     probe.impl("probe", lambda x: probe_reference(x), "CPU")
     with pytest.raises(RefusedError, match="probe: a cpu kernel is there, but the reference ran"):
-        Judge(case).admit(case.contenders[1])
+        Judge(case, Clock(CPU)).admit(case.contenders[1])
 
 
 def test_bypassed_operator_is_refused() -> None:
     case = _case(lambda x: x + x)
     with pytest.raises(RefusedError, match="none of fastunet's operators ran"):
-        Judge(case).admit(case.contenders[1])
+        Judge(case, Clock(CPU)).admit(case.contenders[1])
+
+
+@pytest.mark.skipif(bool(_amx.why_not_here()), reason="this processor has no AMX")
+def test_forced_fallback_from_amx_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, case = run.BENCHES["conv_relu"].cases(
+        Setting(CPU, (torch.bfloat16,), sizes=(188,), quick=True)
+    )
+    ours = next(contender for contender in case.contenders if contender.name == OURS)
+    assert Judge(case, Clock(CPU)).admit(ours).backend == "amx"
+    monkeypatch.setattr(_amx, "unsupported", lambda *given: "forced")
+    with pytest.raises(RefusedError, match="this processor's AMX takes the call, but"):
+        Judge(case, Clock(CPU)).admit(ours)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +195,7 @@ def test_wrong_kernel_is_refused(
 ) -> None:
     case = _case(wrong, leaves=())
     with pytest.raises(RefusedError, match=message):
-        Judge(case).admit(case.contenders[1])
+        Judge(case, Clock(CPU)).admit(case.contenders[1])
 
 
 def test_refused_row_has_no_time(
@@ -166,16 +205,16 @@ def test_refused_row_has_no_time(
     console, text = _console()
     assert _run_only(monkeypatch, wrong, console) == 1
     assert "fastunet refused: result 0 is off by 0.001" in text.getvalue()
-    rows = run.time_case(wrong, run.choose("cpu", quick=True), record.environment(CPU))
+    rows = _rows(wrong)
     assert [(row.status, row.ms is None) for row in rows] == [("timed", False), ("refused", True)]
 
 
 def test_rivals_need_only_half_of_the_digits(probe: torch.library.Library) -> None:
     case = _case(_probe, leaves=())
-    judge = Judge(case)
+    judge = Judge(case, Clock(CPU))
 
     def off_by(error: float) -> Contender:
-        return Contender("rival", lambda given: lambda: (2 * given["x"] + error,))
+        return Contender("rival", each(lambda given: lambda: (2 * given["x"] + error,)))
 
     judge.admit(off_by(1e-5))
     with pytest.raises(RefusedError, match=r"result 0 is off by 0\.01, allowed 0\.00069"):
@@ -187,16 +226,16 @@ def test_failing_contender_is_named(probe: torch.library.Library) -> None:
         raise RuntimeError("out of luck\nand of memory")
 
     case = _case(broken, leaves=())
-    *_, row = run.time_case(case, run.choose("cpu", quick=True), record.environment(CPU))
+    *_, row = _rows(case)
     assert (row.status, row.reason) == ("failed", "RuntimeError: out of luck")
 
 
 def test_missing_rival_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_weight_map, "find_spec", lambda name: None)
-    case, *_ = bench_weight_map.cases(Setting(CPU, (torch.float32,), size=32, quick=True))
-    rows = run.time_case(case, run.choose("cpu", quick=True), record.environment(CPU))
-    assert record.notes(rows) == [
-        "weight_map: edt, two smallest skipped: edt is not installed (1 x 20 cells, 32x32)"
+    case, *_ = bench_weight_map.cases(Setting(CPU, (torch.float32,), sizes=(32,), quick=True))
+    assert record.notes(_rows(case)) == [
+        "weight_map: edt, two smallest skipped: edt is not installed (1 x 20 cells, 32x32)",
+        "weight_map: cuCIM, two smallest skipped: compared on GPUs only (1 x 20 cells, 32x32)",
     ]
 
 
@@ -219,7 +258,7 @@ def test_interleaving_spreads_drift() -> None:
     clocks = [DriftingClock(speed, log) for speed in (1.0, 2.0, 4.0)]
     samples = interleave([lambda: None] * 3, clocks, Effort(1e-6, fewest=40, most=99))
     assert samples.shape == (3, 40)
-    rounds = np.array(log[3:]).reshape(40, 3)
+    rounds = np.array(log[-120:]).reshape(40, 3)
     assert (np.sort(rounds) == (1.0, 2.0, 4.0)).all()
     assert len({tuple(order) for order in rounds}) > 1
     # one after the other, the last would have come out at less than half of its speed
@@ -248,7 +287,7 @@ def test_clock(device: torch.device) -> None:
         min(clock.sample(partial(x.add_, 1), 1) for _ in range(20)) for x in (small, large)
     )
     assert 0 < few < many / 4
-    repeats, _ = clock.repeats(lambda: small.add_(1))
+    repeats, _ = clock.warm_up(lambda: small.add_(1))
     assert repeats == 1 if device.type == "cuda" else repeats > 1
     ceilings = measure_ceilings(device, torch.float32)
     copied = torch.empty_like(large)
@@ -256,114 +295,100 @@ def test_clock(device: torch.device) -> None:
     assert 0.2 < 2 * large.nbytes / copy_ms / 1e6 / ceilings.copy_gb_s < 5
 
 
-def _console() -> tuple[Console, StringIO]:
-    text = StringIO()
-    return Console(file=text, width=200), text
+def test_intervals_hold_what_changes_between_visits() -> None:
+    random = np.random.default_rng(0)
+    # five visits of 20 rounds, whose levels differ by more than their rounds
+    levels = np.repeat([1.0, 1.02, 1.05, 1.06, 1.1], 20)
+    low, high = interval(levels + random.normal(0, 0.001, 100))
+    assert low < 1.02 < 1.06 < high
+    level = interval(1 + random.normal(0, 0.001, 100))
+    assert level[1] - level[0] < 0.002
+    assert interval(np.array([3.0])) == (3, 3)
 
 
-def _run_only(monkeypatch: pytest.MonkeyPatch, case: Case, console: Console, **options: Any) -> int:
-    class Bench:
-        @staticmethod
-        def cases(setting: Setting) -> list[Case]:
-            return [case]
-
-    monkeypatch.setitem(run.BENCHES, case.operator, Bench)
-    return run.run([case.operator], device="cpu", quick=True, console=console, **options)
-
-
-def test_run_records_and_compares(tmp_path: Path) -> None:
-    console, text = _console()
-    path, charts = tmp_path / "out" / "rows.json", tmp_path / "charts"
-    options: dict[str, Any] = {"device": "cpu", "size": 32, "quick": True, "console": console}
-    assert run.run(["weight_map"], json_path=path, plot=charts, fail_under=1e-6, **options) == 0
-
-    rows = json.loads(path.read_text())
-    assert [row["contender"] for row in rows if row["status"] == "timed"].count(OURS) == 2
-    assert rows[0]["speedup"] == 1
-    assert rows[0]["torch"] == torch.__version__
-    assert rows[0]["threads"] == torch.get_num_threads()
-    timed = [row for row in rows if row["status"] == "timed"]
-    assert all(row["p20_ms"] <= row["ms"] <= row["p80_ms"] for row in timed)
-    assert "| 1 x 20 cells, 32x32, float32 | fastunet |" in path.with_suffix(".md").read_text()
-    assert {file.name for file in charts.iterdir()} == {
-        "speedup-weight_map.png",
-        "speedup-weight_map.svg",
-    }
-    assert (charts / "speedup-weight_map.png").read_bytes().startswith(b"\x89PNG")
-
-    rows[-1]["threads"] = 99
-    rows[0]["threads"] = 99
-    path.write_text(json.dumps(rows))
-    assert run.run(["weight_map"], compare=path, fail_under=1e6, **options) == 1
-    assert "threads: 99 before" in text.getvalue()
-    assert "under 1e+06x" in text.getvalue()
+@pytest.mark.parametrize(("input_bytes", "copies"), [(0, 8), (50 << 20, 2), (1 << 30, 2)])
+def test_gpu_inputs_take_turns(
+    monkeypatch: pytest.MonkeyPatch, input_bytes: int, copies: int
+) -> None:
+    monkeypatch.setattr(timing, "_cache_bytes", lambda device: 50 << 20)
+    assert Clock(torch.device("cuda")).copies(input_bytes) == copies
+    assert Clock(CPU).copies(input_bytes) == 1
 
 
-def test_changes() -> None:
-    row = record.Row(
-        operator="weight_map",
-        case="a",
-        dtype="float32",
-        layout="contiguous",
-        contender=OURS,
-        environment=record.environment(CPU),
-        baseline="scipy",
-        status="timed",
-        ms=2.0,
-        p20_ms=1.9,
-        p80_ms=2.1,
-    )
-    for old, clear in ((6.0, True), (2.2, False)):
-        before = replace(row, ms=old, p20_ms=old - 0.2, p80_ms=old + 0.2).flat()
-        (change,) = record.changes([row], [before, {**before, "case": "b"}])
-        assert (round(change.factor, 6), change.clear) == (old / 2, clear)
-    assert not record.changes([row], [{**row.flat(), "ms": None}])
-    assert record.moved([row], [row.flat()]) == []
+def test_trials_take_the_next_inputs(
+    probe: torch.library.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def ours(x: Tensor) -> Tensor:
+        seen.append(x.data_ptr())
+        return _probe(x)
+
+    monkeypatch.setattr(Clock, "copies", lambda self, input_bytes: 3)
+    case = _case(ours, leaves=())
+    trial = Judge(case, Clock(CPU)).admit(case.contenders[1])
+    assert len(set(seen)) == 3
+    for _ in range(6):
+        trial.call()
+    assert seen[3:] == seen[:3] * 2
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"operators": ["conv"]}, "no benchmark is called 'conv'; there are conv_relu"),
-        ({"dtype": "float64"}, "dtype must be one of float32, bfloat16, float16, got 'float64'"),
-        ({"size": 0}, "size must be positive, got 0"),
-        ({"batch": -1}, "batch must be positive, got -1"),
-        ({"device": "meta"}, "benchmarks run on cpu or cuda, got 'meta'"),
-        ({"compare": Path("absent.json")}, "absent.json: cannot be read"),
-    ],
-)
-def test_rejects(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        run.run(**options)
+def test_gpu_sample_is_one_call_with_a_cold_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def synchronize(self) -> None:
+            log.append("synchronize")
+
+        def elapsed_time(self, other: "Event") -> float:
+            return 0.25
+
+    class Scratch:
+        def zero_(self) -> None:
+            log.append("evict")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(timing, "_scratch", lambda device: Scratch())
+    clock = Clock(torch.device("cuda"))
+    assert clock.sample(lambda: log.append("call"), 5) == 0.25
+    assert log == ["evict", "event", "call", "event", "synchronize"]
+    assert clock.warm_up(lambda: log.append("call")) == (1, 0.25)
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"a": 1}', "[1]", '[{"operator": "x"}]'])
-def test_rejects_foreign_files(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "old.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"old\.json: must hold rows that fastunet bench wrote"):
-        record.read(path)
+def test_forced_fallback_of_a_real_operator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What serves is watched under the operator, not asked of it."""
+    case = run.BENCHES["conv_relu"].cases(Setting(CPU, (torch.float32,), sizes=(188,)))[0]
+    ours = next(contender for contender in case.contenders if contender.name == OURS)
+    assert Judge(case, Clock(CPU)).admit(ours).backend != "reference"
+    monkeypatch.setattr(onednn, "unsupported", lambda *given: "forced")
+    with pytest.raises(RefusedError, match="conv_relu: a cpu kernel is there, but the reference"):
+        Judge(case, Clock(CPU)).admit(ours)
 
 
-def test_plots_need_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("benchmarks.plots.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="plots need matplotlib: pip install"):
-        run.run(["weight_map"], plot=tmp_path)
+def test_wrong_kernel_of_a_real_operator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = run.BENCHES["conv_relu"].cases(Setting(CPU, (torch.float32,), sizes=(188,)))[0]
+    convolve: Any = onednn._convolve
+    monkeypatch.setattr(onednn, "_convolve", lambda *given: convolve(*given) * (1 + 1e-4))
+    *_, row = (row for row in _rows(case) if row.contender == OURS)
+    assert (row.status, row.ms) == ("refused", None)
+    assert row.reason.startswith("result 0 is off by")
 
 
-def _pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, env=dict(os.environ)
-    )
+def test_a_contender_must_pass_every_visit(
+    probe: torch.library.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
 
+    def later_wrong(x: Tensor) -> Tensor:
+        calls.append(1)
+        return _probe(x) + (len(calls) > 100)
 
-def test_pytest_runs_benchmarks_on_request_alone() -> None:
-    asked = _pytest("--benchmark", "-k", "weight_map and 20")
-    assert asked.returncode == 0, asked.stdout
-    # scipy twice and ours; the edt package takes part where it is installed
-    assert re.search(r"\b[34] passed", asked.stdout)
-    plain = _pytest("--collect-only", "benchmarks")
-    assert "no tests collected" in plain.stdout
-    mixed = _pytest("--benchmark", "tests")
-    assert "--benchmark takes no paths" in mixed.stderr
+    rows = _rows(_case(later_wrong, leaves=()))
+    assert [row.status for row in rows] == ["timed", "refused"]

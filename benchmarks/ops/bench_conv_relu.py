@@ -9,8 +9,19 @@ from torch import Tensor
 
 from fastunet import ops
 
-from ..cases import Case, Contender, Inputs, Setting, bind, exactly, noise, rivals, why_no_gpu
-from ..figure import PAPER_SIZE, Arrow, arrows
+from ..cases import (
+    Case,
+    Contender,
+    Inputs,
+    Setting,
+    bind,
+    each,
+    exactly,
+    noise,
+    rivals,
+    why_no_gpu,
+)
+from ..figure import Arrow, arrows
 
 # the first arrow, the largest, one of the middle, the deepest, the last concatenation
 QUICK_FORWARD = (0, 1, 5, 9, 16)
@@ -19,18 +30,17 @@ QUICK_BACKWARD = (5, 16)
 
 def cases(setting: Setting) -> list[Case]:
     """The convolutions of the paper's network, forward alone and with all gradients."""
-    size = setting.network_size(quick=220, full=PAPER_SIZE)
-    convolutions = [arrow for arrow in arrows(size) if arrow.kind == "conv"]
     return [
-        _case(convolutions[i], dtype, backward, setting)
+        _case(arrow, batch, dtype, backward, setting)
+        for batch, size in setting.layer_shapes(quick_size=220)
         for dtype in setting.dtypes
         for backward, few in ((False, QUICK_FORWARD), (True, QUICK_BACKWARD))
-        for i in (few if setting.quick else range(len(convolutions)))
+        for i, arrow in enumerate(a for a in arrows(size) if a.kind == "conv")
+        if i in few or not setting.quick
     ]
 
 
-def _case(arrow: Arrow, dtype: torch.dtype, backward: bool, setting: Setting) -> Case:
-    batch = setting.batch or 1
+def _case(arrow: Arrow, batch: int, dtype: torch.dtype, backward: bool, setting: Setting) -> Case:
     shapes = _shapes(arrow, batch)
 
     def inputs() -> Inputs:
@@ -70,7 +80,7 @@ def _library(arrow: Arrow, leaves: list[str], setting: Setting) -> Contender:
 
     return Contender(
         "cudnn_convolution_relu",
-        lambda inputs: bind(convolve, inputs, layout="channels_last"),
+        each(lambda inputs: bind(convolve, inputs, layout="channels_last")),
         "channels_last",
         backend="cudnn",
         skip=why_no_gpu(setting) or ("it has no gradient" if leaves else None),

@@ -5,7 +5,7 @@ import torch
 from fastunet import ops
 
 from ..cases import Case, Inputs, Setting, exactly, noise, rivals
-from ..figure import PAPER_SIZE, Arrow, arrows
+from ..figure import Arrow, arrows
 
 LEAVES = ("skip", "up")
 # from the deepest, where launching counts, to the widest, where memory does
@@ -14,18 +14,18 @@ QUICK_ARROWS = (0, 3)
 
 def cases(setting: Setting) -> list[Case]:
     """The four arrows, forward alone and with both gradients."""
-    size = setting.network_size(quick=380, full=PAPER_SIZE)
-    copies = [arrow for arrow in arrows(size) if arrow.kind == "copy"]
     return [
-        _case(copies[i], dtype, backward, setting)
+        _case(arrow, batch, dtype, backward, setting)
+        for batch, size in setting.layer_shapes(quick_size=380)
         for dtype in setting.dtypes
         for backward in (False, True)
-        for i in (QUICK_ARROWS if setting.quick else range(len(copies)))
+        for i, arrow in enumerate(a for a in arrows(size) if a.kind == "copy")
+        if i in QUICK_ARROWS or not setting.quick
     ]
 
 
-def _case(arrow: Arrow, dtype: torch.dtype, backward: bool, setting: Setting) -> Case:
-    batch, c, size, skip_size = setting.batch or 1, arrow.c_in, arrow.size, arrow.skip_size
+def _case(arrow: Arrow, batch: int, dtype: torch.dtype, backward: bool, setting: Setting) -> Case:
+    c, size, skip_size = arrow.c_in, arrow.size, arrow.skip_size
 
     def inputs() -> Inputs:
         return {

@@ -12,18 +12,24 @@ CLASSES = (2, 8, 16)
 
 def cases(setting: Setting) -> list[Case]:
     """Figure 1's two classes and more, forward alone and with the gradient of the logits."""
-    *_, head = arrows(setting.network_size(quick=PAPER_SIZE, full=PAPER_SIZE))
+    shapes = setting.layer_shapes(quick_size=PAPER_SIZE)
     return [
-        _case(classes, head.size, dtype, backward, setting)
+        _case(classes, (batch, head.size, head.size), dtype, backward, setting)
+        for batch, (*_, head) in ((batch, arrows(size)) for batch, size in shapes)
         for dtype in setting.dtypes
         for backward in (False, True)
         for classes in (CLASSES[:2] if setting.quick else CLASSES)
     ]
 
 
-def _case(classes: int, size: int, dtype: torch.dtype, backward: bool, setting: Setting) -> Case:
-    batch = setting.batch or (1 if setting.quick else 4)
-    shape = (batch, size, size)
+def _case(
+    classes: int,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    backward: bool,
+    setting: Setting,
+) -> Case:
+    batch, size, _ = shape
 
     def inputs() -> Inputs:
         target = torch.randint(classes, shape, generator=torch.Generator().manual_seed(0))

@@ -23,6 +23,9 @@ namespace {
 // pixels of a tile, and rows that are computed together
 constexpr int64_t kPixels = 16;
 constexpr int64_t kRows = 4;
+constexpr int64_t kTaps = 3;
+// rows and columns of input beyond those of output
+constexpr int64_t kHalo = 2;
 // bytes of a tile, and of one of its rows
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kLineBytes = 64;
@@ -41,7 +44,7 @@ int64_t ConvAmx::c_in() const {
 
 Tasks::Tasks(const ConvAmx& conv, int64_t images, int64_t threads) {
   const int64_t row_bytes = kLineBytes * conv.in_blocks() * (conv.width + 2 * conv.padding);
-  const int64_t fitting = std::max(kRows, kBandBytes / row_bytes - (conv.taps - 1));
+  const int64_t fitting = std::max(kRows, kBandBytes / row_bytes - kHalo);
   int64_t wanted = ceil_div(conv.out_height(), fitting);
   // as many for each thread
   while (images * wanted % threads != 0) ++wanted;
@@ -114,7 +117,7 @@ struct Band {
 
   Band(const ConvAmx& conv, int64_t rows)
       : blocks(conv.in_blocks()), row_bytes((conv.width + 2 * conv.padding) * kLineBytes) {
-    block_bytes = (rows + conv.taps - 1) * row_bytes;
+    block_bytes = (rows + kHalo) * row_bytes;
     data = memory(blocks * block_bytes);
   }
 
@@ -178,16 +181,16 @@ void fill(const ConvAmx& conv, int64_t image, int64_t first, int64_t rows, const
 
 // Adds up 4 rows x 16 pixels x 16 output channels over all taps and input channels; the sums of a
 // row are followed by those of its other 16 channels.
-FASTUNET_AMX FASTUNET_INLINE void multiply(const Band& band, const uint8_t* pixels, int64_t taps,
+FASTUNET_AMX FASTUNET_INLINE void multiply(const Band& band, const uint8_t* pixels,
                                            const uint8_t* weights, float* sums) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t block = 0; block < band.blocks; ++block, pixels += band.block_bytes) {
-    for (int64_t tap_row = 0; tap_row < taps; ++tap_row) {
+    for (int64_t tap_row = 0; tap_row < kTaps; ++tap_row) {
       const uint8_t* from = pixels + tap_row * band.row_bytes;
-      for (int64_t tap = 0; tap < taps; ++tap, from += kLineBytes, weights += kTileBytes) {
+      for (int64_t tap = 0; tap < kTaps; ++tap, from += kLineBytes, weights += kTileBytes) {
         // a tile load waits for each line that is not in the first cache
         for (int64_t line = 0; line < kTileBytes; line += kLineBytes) {
           _mm_prefetch(reinterpret_cast<const char*>(weights) + 2 * kTileBytes + line, _MM_HINT_T0);
@@ -241,13 +244,12 @@ template <bool kPool>
 FASTUNET_AMX FASTUNET_INLINE void finish(const float* sums, const ConvAmx& conv,
                                          const Place& place) {
   const __mmask32 lanes = ~0u >> (32 - place.channels);
-  const int64_t part_channels = conv.c_out / conv.n_outputs;
-  const int64_t part = place.channel / part_channels, channel = place.channel % part_channels;
-  const int64_t start = place.image * conv.out_image_stride + place.row * conv.out_row_stride +
-                        place.column * conv.out_column_stride + channel;
+  const int64_t height = conv.out_height(), width = conv.out_width(), c_out = conv.c_out;
+  const int64_t start =
+      ((place.image * height + place.row) * width + place.column) * c_out + place.channel;
   __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   if (conv.bias != nullptr) {
-    const __m512i bits = _mm512_maskz_loadu_epi16(lanes, conv.bias + channel);
+    const __m512i bits = _mm512_maskz_loadu_epi16(lanes, conv.bias + place.channel);
     bias[0] = widened(_mm512_castsi512_si256(bits));
     bias[1] = widened(_mm512_extracti64x4_epi64(bits, 1));
   }
@@ -256,7 +258,7 @@ FASTUNET_AMX FASTUNET_INLINE void finish(const float* sums, const ConvAmx& conv,
     __m512 largest[2];
     for (int64_t column = 0; column < place.columns; ++column) {
       for (int64_t row = upper; row < below; ++row) {
-        const int64_t offset = start + row * conv.out_row_stride + column * conv.out_column_stride;
+        const int64_t offset = start + (row * width + column) * c_out;
         __m512 value[2];
         for (int half = 0; half < 2; ++half) {
           const float* from = sums + 512 * row + 256 * half + 16 * column;
@@ -273,13 +275,12 @@ FASTUNET_AMX FASTUNET_INLINE void finish(const float* sums, const ConvAmx& conv,
           bits =
               _mm512_maskz_mov_epi16(_mm512_cmpgt_epi16_mask(gate, _mm512_setzero_si512()), bits);
         }
-        _mm512_mask_storeu_epi16(conv.outputs[part] + offset, lanes, bits);
+        _mm512_mask_storeu_epi16(conv.y + offset, lanes, bits);
       }
       if (kPool && column % 2 == 1 && below == upper + 2) {
-        const int64_t height = conv.out_height() / 2, width = conv.out_width() / 2;
-        const int64_t pixel =
-            (place.image * height + (place.row + upper) / 2) * width + (place.column + column) / 2;
-        _mm512_mask_storeu_epi16(conv.pooled + pixel * conv.c_out + channel, lanes,
+        const int64_t pixel = (place.image * (height / 2) + (place.row + upper) / 2) * (width / 2) +
+                              (place.column + column) / 2;
+        _mm512_mask_storeu_epi16(conv.pooled + pixel * c_out + place.channel, lanes,
                                  narrowed(largest));
       }
     }
@@ -323,8 +324,8 @@ FASTUNET_AMX void convolve(const ConvAmx& conv, const Band& band, int64_t image,
           const uint8_t* pixels = band.data + i * band.row_bytes + j * kLineBytes;
           for (int64_t block = some; block < std::min(some + together, end); ++block) {
             const uint8_t* weights = packed + 2 * block * group_bytes;
-            multiply(band, pixels, conv.taps, weights, sums);
-            multiply(band, pixels, conv.taps, weights + group_bytes, sums + 256);
+            multiply(band, pixels, weights, sums);
+            multiply(band, pixels, weights + group_bytes, sums + 256);
             const int64_t channel = 32 * block;
             const Place place = {image,
                                  first + i,
@@ -355,7 +356,7 @@ bool has_amx() {
 
 void pack_weights(const Weights& weights, const ConvAmx& conv, Bits16* packed, int64_t begin,
                   int64_t end) {
-  const int64_t taps = conv.taps * conv.taps, blocks = conv.in_blocks();
+  const int64_t taps = kTaps * kTaps, blocks = conv.in_blocks();
   for (int64_t group = begin; group < end; ++group) {
     const int64_t out = 16 * group;
     const int64_t c_out = std::clamp<int64_t>(conv.c_out - out, 0, 16);
@@ -379,7 +380,7 @@ void conv_amx(const ConvAmx& conv, const Tasks& tasks, int64_t begin, int64_t en
     const int64_t part = task % tasks.channel_parts, copy = task / tasks.channel_parts;
     const int64_t image = copy / tasks.bands, first = copy % tasks.bands * tasks.band_rows;
     const int64_t rows = std::min(tasks.band_rows, conv.out_height() - first);
-    if (copy != filled) fill(conv, image, first, rows + conv.taps - 1, band);
+    if (copy != filled) fill(conv, image, first, rows + kHalo, band);
     filled = copy;
     const int64_t blocks = ceil_div(conv.out_blocks(), tasks.channel_parts);
     convolve(conv, band, image, first, rows, part * blocks,

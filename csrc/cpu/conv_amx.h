@@ -32,34 +32,29 @@ struct Weights {
   int64_t c_in_stride;
 };
 
-constexpr int kMostParts = 4;
-
-// A convolution of stride 1 with `taps` x `taps` weights. Its input may be in parts, whose channels
-// follow each other; so may its output, each part with a multiple of 32 channels or there is one.
+// A convolution of stride 1 with 3x3 weights. Its input may be in two parts, whose channels follow
+// each other.
 struct ConvAmx {
-  Pixels inputs[kMostParts];
+  Pixels inputs[2];
   int64_t n_inputs;
   int64_t height, width;  // of each input
-  int64_t taps;           // 1 or 3
   int64_t padding;
   int64_t c_out;
 
   const Bits16* packed;  // by pack_weights
-  const Bits16* bias;    // [channels of an output], or null
+  const Bits16* bias;    // [c_out], or null
   bool relu;
-  const Bits16* mask;  // laid out as the output, which becomes 0 where this is not above 0; or null
-  Bits16* outputs[kMostParts];
-  int64_t n_outputs;
-  int64_t out_image_stride, out_row_stride, out_column_stride;
-  Bits16* pooled;  // [B, out_height() / 2, out_width() / 2, c_out] of the only output, or null
+  const Bits16* mask;  // shaped as y, which becomes 0 where this is not above 0; or null
+  Bits16* y;           // [B, out_height(), out_width(), c_out]
+  Bits16* pooled;      // [B, out_height() / 2, out_width() / 2, c_out], or null
 
   int64_t c_in() const;
   int64_t in_blocks() const { return (c_in() + 31) / 32; }
   int64_t out_blocks() const { return (c_out + 31) / 32; }
-  int64_t out_height() const { return height + 2 * padding - taps + 1; }
-  int64_t out_width() const { return width + 2 * padding - taps + 1; }
+  int64_t out_height() const { return height + 2 * padding - 2; }
+  int64_t out_width() const { return width + 2 * padding - 2; }
   // weights of 16 output channels
-  int64_t packed_group() const { return in_blocks() * taps * taps * 512; }
+  int64_t packed_group() const { return in_blocks() * 9 * 512; }
   int64_t packed_size() const { return 2 * out_blocks() * packed_group(); }
 };
 

@@ -41,8 +41,6 @@ def doctor(as_json: AsJson = False) -> None:
     served = {(row.operator, row.device): row.backend for row in rows}
     if device.type == "cuda" and served["conv_relu", "cuda"] == "triton":
         facts["convolutions"] = _tuned(device)
-    elif device.type == "cpu":
-        facts["convolutions"] = _by_winograd()
     if as_json:
         print_result({**facts, "operators": [asdict(row) for row in rows]}, as_json)
         return
@@ -64,28 +62,29 @@ def _tuned(device: "torch.device") -> str:
     return f"Triton or cuDNN by a rule, which `fastunet tune` replaces; {float32}"
 
 
-def _by_winograd() -> str:
-    """Which algorithm convolves in float32 on the CPU."""
-    from ..ops.conv_relu import winograd
-
-    why = winograd.why_not_here()
-    if why is None:
-        return "float32 by Winograd's F(4x4, 3x3) where that is faster, otherwise oneDNN"
-    return f"float32 in oneDNN, not by Winograd's algorithm: {why}"
-
-
 @app.command()
 def bench(
     operators: Annotated[
         list[str] | None, typer.Argument(help="What to time; everything by default.")
     ] = None,
     device: Device = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    size: Annotated[int | None, typer.Option(help="Height and width, in pixels.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images at once.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A minute on a laptop.")] = False,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, bfloat16 or float16; repeatable.")
+    ] = None,
+    size: Annotated[
+        list[int] | None, typer.Option(help="Height and width, in pixels; repeatable.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Images at once; repeatable.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two minutes on a laptop.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File to write the rows to.")
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps rows and charts of each device; resumes what it has."),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin no case after these, and exit with 3.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Folder for charts.")] = None,
     compare: Annotated[Path | None, typer.Option(help="Rows of an earlier run.")] = None,
@@ -99,11 +98,13 @@ def bench(
     status = run(
         operators or (),
         device=device,
-        dtype=dtype,
-        size=size,
-        batch=batch,
+        dtypes=dtype or (),
+        sizes=size or (),
+        batches=batch or (),
         quick=quick,
         json_path=json_file,
+        record_in=record,
+        minutes=minutes,
         plot=plot,
         compare=compare,
         fail_under=fail_under,

@@ -5,11 +5,18 @@ importing anything of ``fastunet`` imports torch, which reads how its threads sh
 import os
 
 
-def main() -> None:
-    """Run the command line with threads that soon sleep while they wait for each other."""
-    # on a machine that does anything else, spinning threads take the core that work needs
+def spin_briefly() -> None:
+    """Let threads soon sleep while they wait for each other; before torch is imported.
+
+    On a machine that does anything else, spinning threads take the core that work needs.
+    """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def main() -> None:
+    """Run the command line."""
+    spin_briefly()
     from fastunet.cli import main as run
 
     run()

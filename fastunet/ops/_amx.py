@@ -20,13 +20,9 @@ LIBRARY.define(
     "-> (Tensor, Tensor)"
 )
 LIBRARY.define("conv_grad_amx(Tensor grad, Tensor weight, int padding, Tensor? mask) -> Tensor")
-LIBRARY.define("up_conv_amx(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor")
-LIBRARY.define("up_conv_grad_amx(Tensor grad, Tensor weight) -> Tensor")
 
 # with fewer input channels most of a tile is empty
 FEW_CHANNELS = 8
-# output channels of a tile pair, which go to one of an up-convolution's four pixels
-PAIR_CHANNELS = 32
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
@@ -38,13 +34,6 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
     if x.shape[1] < FEW_CHANNELS:
         return f"fewer than {FEW_CHANNELS} channels"
     return why_not_here()
-
-
-def unsupported_up(x: Tensor, weight: Tensor) -> str | None:
-    """Why AMX cannot take an up-convolution, or None."""
-    if weight.shape[1] % PAIR_CHANNELS != 0:
-        return f"output channels are no multiple of {PAIR_CHANNELS}"
-    return unsupported(x, weight)
 
 
 @cache
@@ -72,19 +61,6 @@ def conv_grad(grad: Tensor, weight: Tensor, padding: int, mask: Tensor | None) -
     mask = None if mask is None else mask.permute(0, 2, 3, 1).contiguous()
     grad, weight = _channels_last(grad), _channels_last(weight)
     return _images(torch.ops.fastunet.conv_grad_amx(grad, weight, padding, mask))
-
-
-def up_conv(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    """The 2x2 up-convolution, bias and, with ``relu``, ReLU."""
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    bias = None if bias is None else bias.contiguous()
-    return _images(torch.ops.fastunet.up_conv_amx(_channels_last(x), weight, bias, relu))
-
-
-def up_conv_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of an up-convolution's input."""
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    return _images(torch.ops.fastunet.up_conv_grad_amx(_channels_last(grad), weight))
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

@@ -43,12 +43,6 @@ def conv_relu_pair(
     return conv_relu(between, weight2, bias2, padding=padding, pool=pool)
 
 
-def up_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
-    """As ``fastunet.ops.up_conv``, by ``torch.nn.functional.conv_transpose2d``."""
-    y = F.conv_transpose2d(x, weight, bias, stride=2)
-    return F.relu(y, inplace=True) if relu else y
-
-
 def weighted_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -83,4 +77,4 @@ def weighted_cross_entropy(
     return loss.sum() / share.sum()
 
 
-__all__ = ["conv_relu", "conv_relu_pair", "crop_concat", "up_conv", "weighted_cross_entropy"]
+__all__ = ["conv_relu", "conv_relu_pair", "crop_concat", "weighted_cross_entropy"]

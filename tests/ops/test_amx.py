@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastunet.ops import _amx
-from fastunet.ops.eager import conv_relu, up_conv
+from fastunet.ops.eager import conv_relu
 
 from ..accuracy import assert_as_accurate
 
@@ -36,8 +36,8 @@ def images(*shape: int) -> Tensor:
     return torch.randn(shape).bfloat16().contiguous(memory_format=LAST)
 
 
-def weights(c_out: int, c_in: int, taps: int) -> Tensor:
-    return images(c_out, c_in, taps, taps).div_((taps * taps * c_in) ** 0.5)
+def weights(c_out: int, c_in: int) -> Tensor:
+    return images(c_out, c_in, 3, 3).div_(3 * c_in**0.5)
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -54,7 +54,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def test_conv_relu(shape: tuple[int, ...], pool: bool, threads: int) -> None:
     b, c_crop, c, c_out, h, w, padding = shape
     x, crop = images(b, c, h, w), images(b, c_crop, h, w) if c_crop else None
-    weight, bias = weights(c_out, c_crop + c, 3), torch.randn(c_out).bfloat16()
+    weight, bias = weights(c_out, c_crop + c), torch.randn(c_out).bfloat16()
     y, pooled = _amx.conv_relu(x, crop, weight, bias, padding, pool)
     source = x if crop is None else torch.cat([crop, x], 1)
     exact = conv_relu(source.double(), weight.double(), bias.double(), padding=padding)
@@ -68,7 +68,7 @@ def test_conv_relu(shape: tuple[int, ...], pool: bool, threads: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_conv_grad(shape: tuple[int, ...], masked: bool, threads: int) -> None:
     b, _, c_out, c, h, w, padding = shape
-    weight = weights(c_out, c, 3)
+    weight = weights(c_out, c)
     x = images(b, c, h, w)
     grad = images(b, c_out, h + 2 * padding - 2, w + 2 * padding - 2)
     mask = x if masked else None
@@ -85,25 +85,11 @@ def test_conv_grad(shape: tuple[int, ...], masked: bool, threads: int) -> None:
     assert_as_accurate(got, eager, exact)
 
 
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("shape", [(1, 8, 32, 1, 1), (2, 70, 64, 5, 17), (1, 64, 96, 33, 16)])
-def test_up_conv(shape: tuple[int, ...], relu: bool, threads: int) -> None:
-    b, c, c_out, h, w = shape
-    x, bias = images(b, c, h, w), torch.randn(c_out).bfloat16()
-    weight = images(c, c_out, 2, 2).div_(c**0.5)
-    exact = up_conv(x.double(), weight.double(), bias.double(), relu=relu)
-    eager = up_conv(x, weight, bias, relu=relu)
-    assert_as_accurate(_amx.up_conv(x, weight, bias, relu), eager, exact)
-    grad = images(*exact.shape)
-    exact = F.conv2d(grad.double(), weight.double(), stride=2)
-    assert_as_accurate(_amx.up_conv_grad(grad, weight), F.conv2d(grad, weight, stride=2), exact)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_threads_change_no_bit(shape: tuple[int, ...]) -> None:
     b, c_crop, c, c_out, h, w, padding = shape
     x, crop = images(b, c, h, w), images(b, c_crop, h, w) if c_crop else None
-    weight = weights(c_out, c_crop + c, 3)
+    weight = weights(c_out, c_crop + c)
     before, results = torch.get_num_threads(), []
     for number in (1, 3, 8):
         torch.set_num_threads(number)
@@ -113,7 +99,7 @@ def test_threads_change_no_bit(shape: tuple[int, ...]) -> None:
 
 
 def test_nan_and_infinity_stay_where_they_are() -> None:
-    x, weight = images(1, 32, 12, 24), weights(32, 32, 3)
+    x, weight = images(1, 32, 12, 24), weights(32, 32)
     x[0, 3, 5, 6], x[0, 4, 9, 20] = torch.nan, -torch.inf
     y, pooled = _amx.conv_relu(x, None, weight, None, 1, True)
     want = conv_relu(x, weight, None, padding=1, pool=True)
@@ -133,7 +119,7 @@ def test_nan_and_infinity_stay_where_they_are() -> None:
     ids=["rows", "channels", "planes", "one image"],
 )
 def test_strides(view: Callable[[Tensor], Tensor]) -> None:
-    x, weight = view(images(2, 40, 9, 20)), weights(32, 40, 3)
+    x, weight = view(images(2, 40, 9, 20)), weights(32, 40)
     dense = x.contiguous(memory_format=LAST)
     for k in (weight, weight.contiguous(), weight.flip(3)):
         got, want = (_amx.conv_relu(i, None, k, None, 0, False)[0] for i in (x, dense))
@@ -142,8 +128,7 @@ def test_strides(view: Callable[[Tensor], Tensor]) -> None:
 
 
 def test_rejects() -> None:
-    x, weight, bias = images(1, 32, 8, 8), weights(16, 32, 3), torch.zeros(16).bfloat16()
-    up = images(32, 16, 2, 2)
+    x, weight, bias = images(1, 32, 8, 8), weights(16, 32), torch.zeros(16).bfloat16()
     operators = torch.ops.fastunet
     calls: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
         ("bfloat16 of rank 4", operators.conv_relu_amx, (x.float(), None, weight, bias, 0, False)),
@@ -158,9 +143,6 @@ def test_rejects() -> None:
         ("have pixels", operators.conv_relu_amx, (x[:0], None, weight, bias, 0, False)),
         ("weight must", operators.conv_grad_amx, (x, weight, 0, None)),
         ("mask must", operators.conv_grad_amx, (x[:, :16], weight, 1, x)),
-        ("multiple of 32", operators.up_conv_amx, (x, up, bias, False)),
-        ("odd sizes", operators.up_conv_grad_amx, (x[..., 1:], up)),
-        ("weight must", operators.up_conv_grad_amx, (x, up)),
     ]
     for message, operator, arguments in calls:
         with pytest.raises(RuntimeError, match=message):
@@ -168,7 +150,7 @@ def test_rejects() -> None:
 
 
 def test_check_can_fail() -> None:
-    x, weight = images(1, 32, 12, 24), weights(32, 32, 3)
+    x, weight = images(1, 32, 12, 24), weights(32, 32)
     exact, eager = conv_relu(x.double(), weight.double()), conv_relu(x, weight)
     swapped = weight.clone(memory_format=torch.preserve_format)
     swapped[:, :, 0, 0], swapped[:, :, 0, 1] = weight[:, :, 0, 1], weight[:, :, 0, 0]

@@ -13,7 +13,7 @@ from torch import Tensor
 import fastunet
 from fastunet.backends import EXTENSION_MISSING
 from fastunet.ops import eager
-from fastunet.ops.conv_relu import winograd
+from fastunet.ops.conv_relu import winograd_rule
 from fastunet.ops.conv_relu.reference import conv_relu_bwd_reference
 
 from ..accuracy import assert_within_winograd, max_abs
@@ -21,7 +21,8 @@ from ..accuracy import assert_within_winograd, max_abs
 pytestmark = pytest.mark.skipif(bool(EXTENSION_MISSING), reason=EXTENSION_MISSING or "never")
 
 
-RULE = winograd.pays
+RULE = winograd_rule.pays
+KINDS: tuple[winograd_rule.Kind, ...] = ("forward", "images", "weights")
 
 
 class Shape(NamedTuple):
@@ -68,7 +69,7 @@ LARGE = [
 @pytest.fixture(autouse=True)
 def _always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Winograd serves wherever it can, and is switched on afterwards."""
-    monkeypatch.setattr(winograd, "pays", lambda kind, task: True)
+    monkeypatch.setattr(winograd_rule, "pays", lambda kind, task: True)
     yield
     fastunet.use_winograd(True)
 
@@ -201,7 +202,7 @@ def test_switch() -> None:
     assert not fastunet.use_winograd(False)
     plain = fastunet.conv_relu(**arguments)
     assert not torch.equal(plain, by_winograd)
-    assert winograd.unsupported(arguments["x"], arguments["weight"]) == "it is switched off"
+    assert winograd_rule.why_not_here() == "it is switched off"
 
 
 def test_weights_are_never_stale() -> None:
@@ -242,7 +243,7 @@ def test_nan_stays_and_goes_no_further_than_its_tiles(bad: float, padding: int) 
     y, pooled = fastunet.conv_relu(**arguments, pool=True)
     plain = eager.conv_relu(**arguments)
     # a tile reads the 6x6 inputs from its corner on
-    tile = winograd.TILE
+    tile = winograd_rule.TILE
     reads = torch.zeros_like(y[0, 0], dtype=torch.bool)
     for i in range(0, y.shape[2], tile):
         for j in range(0, y.shape[3], tile):
@@ -266,7 +267,7 @@ def test_memory_is_bounded(shape: Shape) -> None:
     has_skip = skip is not None
     calls = {
         "forward": lambda: ops.winograd_conv_relu(x, weight, None, shape.padding, skip, True),
-        "images": lambda: ops.winograd_grad_input(
+        "images": lambda: ops.winograd_grad_images(
             grad, weight, shape.padding, x, skip, True, has_skip, True
         ),
         "weights": lambda: ops.winograd_grad_weight(grad, x, skip, shape.padding, True),
@@ -290,12 +291,8 @@ def test_rule_is_what_was_measured() -> None:
             )
             images = (b, size, size)
             weight = torch.empty(outputs, inputs, 3, 3, device="meta")
-            tasks = {
-                "forward": winograd.work(images, weight),
-                "images": winograd.work_for_images(images, images, weight),
-                "weights": winograd.work(images, weight),
-            }
-            for kind, task in tasks.items():
+            for kind in KINDS:
+                task = winograd_rule.work(kind, images, weight, 1)
                 ratio = float(row[kind])
                 if RULE(kind, task):
                     assert ratio >= 1, (kind, row)
@@ -305,19 +302,27 @@ def test_rule_is_what_was_measured() -> None:
     assert chosen > 0.75 * paying
 
 
-def test_rejects() -> None:
+def test_rejects(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = inputs(Shape(1, 0, 16, 16, 12, 12, 0))
     x, weight = arguments["x"], arguments["weight"]
-    assert winograd.unsupported(x, weight) is None
-    assert winograd.unsupported(x.bfloat16(), weight) == "torch.bfloat16 is not float32"
-    many = torch.empty(1, winograd.MOST_CHANNELS + 1, 3, 3)
-    assert winograd.unsupported(x, many) == "more than 4096 channels"
+
+    def why(kind: winograd_rule.Kind, x: Tensor = x, weight: Tensor = weight) -> str | None:
+        return winograd_rule.unsupported(kind, x, weight, 0)
+
+    many = torch.empty(1, winograd_rule.MOST_CHANNELS + 1, 3, 3)
     before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        assert winograd.unsupported(x, weight) == "less than float32 is allowed"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    for kind in KINDS:
+        assert why(kind) is None
+        assert why(kind, x=x.bfloat16()) == "torch.bfloat16 is not float32"
+        assert why(kind, weight=many) == "more than 4096 channels"
+        try:
+            torch.set_float32_matmul_precision("medium")
+            assert why(kind) == "less than float32 is allowed"
+        finally:
+            torch.set_float32_matmul_precision(before)
+        with monkeypatch.context() as context:
+            context.setattr(winograd_rule, "pays", RULE)
+            assert why(kind) == "oneDNN is faster"
     with pytest.raises(RuntimeError, match="images must be float32 in channels_last"):
         torch.ops.fastunet.winograd_conv_relu(x.contiguous(), weight, None, 0, None, False)
 

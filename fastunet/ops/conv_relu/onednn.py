@@ -1,7 +1,7 @@
 """``conv_relu`` on the CPU: PyTorch's oneDNN convolutions between native passes, or what is faster.
 
-Float32 convolutions run by Winograd's algorithm where that is faster (``winograd.py``), bfloat16
-ones on AMX. The rest is oneDNN's.
+Float32 convolutions run by Winograd's algorithm where that is faster (``winograd_rule.py``), and
+bfloat16 ones on AMX. The rest is oneDNN's.
 
 oneDNN could clamp in the convolution itself, but then turns NaN into 0; ``relu_pool_`` keeps it and
 takes no longer than a max-pooling alone. It could also add the convolution of ``x`` to that of the
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _amx
 from ..crop_concat.reference import centre_crop
-from . import winograd
+from . import winograd, winograd_rule
 from .reference import (
     conv_relu_bwd_reference,
     conv_relu_pool_reference,
@@ -53,7 +53,7 @@ def conv_relu_onednn(
         return conv_relu_reference(x, weight, bias, padding, skip, *flags)
     if not _amx.unsupported(x, weight):
         return _amx.conv_relu(x, _cropped(skip, x), weight, bias, padding, False)[0]
-    if winograd.serves(x, weight, padding):
+    if not winograd_rule.unsupported("forward", x, weight, padding):
         return winograd.conv_relu(x, weight, bias, padding, skip, False)[0]
     y = _convolve(x, weight, bias, padding, skip)
     _relu_pool(y, pool=False)
@@ -68,7 +68,7 @@ def conv_relu_pool_onednn(
         return conv_relu_pool_reference(x, weight, bias, padding, skip, *flags)
     if not _amx.unsupported(x, weight):
         return _amx.conv_relu(x, _cropped(skip, x), weight, bias, padding, True)
-    if winograd.serves(x, weight, padding):
+    if not winograd_rule.unsupported("forward", x, weight, padding):
         return winograd.conv_relu(x, weight, bias, padding, skip, True)
     y = _convolve(x, weight, bias, padding, skip)
     return y, _relu_pool(y, pool=True)
@@ -92,11 +92,24 @@ def conv_relu_bwd_onednn(
             grad_y, grad_pooled, y, x, weight, skip, padding, needed, relu_made_x, grad_is_masked
         )
     masked = grad_y if grad_is_masked else _relu_pool_bwd(grad_y, grad_pooled, y)
-    grads, rest = winograd.gradients(masked, x, weight, skip, padding, needed, relu_made_x)
-    if any(rest):
-        others = _all_gradients(masked, x, weight, skip, padding, rest, relu_made_x)
-        grads = [b if need else a for a, b, need in zip(grads, others, rest, strict=True)]
-    grad_x, grad_weight, grad_bias, grad_skip = grads
+    need_x, need_weight, need_bias, need_skip = needed
+    grad_x = grad_weight = grad_bias = grad_skip = x.new_empty(0)
+    call = (masked, x, weight, skip, padding)
+    images = (need_x, need_skip)
+    if any(images) and not winograd_rule.unsupported("images", x, weight, padding):
+        grad_x, grad_skip = winograd.grad_images(*call, images, relu_made_x)
+        need_x = need_skip = False
+    if need_weight and not winograd_rule.unsupported("weights", x, weight, padding):
+        grad_weight, grad_bias = winograd.grad_weight(*call, need_bias)
+        need_weight = need_bias = False
+    left = [need_x, need_weight, need_bias, need_skip]
+    grads = (grad_x, grad_weight, grad_bias, grad_skip)
+    if not any(left):
+        return grads
+    others = _all_gradients(*call, left, relu_made_x)
+    grad_x, grad_weight, grad_bias, grad_skip = (
+        b if need else a for a, b, need in zip(grads, others, left, strict=True)
+    )
     return grad_x, grad_weight, grad_bias, grad_skip
 
 
