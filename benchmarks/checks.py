@@ -162,7 +162,9 @@ class _Watcher(TorchDispatchMode):
             qualified, device.upper()
         ):
             raise RefusedError(f"{name}: a {device} kernel is there, but the reference ran")
-        self.served[name] = ran
+        # in a network, the rounding of one of many calls is that of the result
+        if self.served.get(name) != "winograd":
+            self.served[name] = ran
         return result
 
 
