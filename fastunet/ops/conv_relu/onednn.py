@@ -1,4 +1,4 @@
-"""``conv_relu`` on the CPU: PyTorch's oneDNN convolutions between native passes.
+"""``conv_relu`` on the CPU: PyTorch's oneDNN convolutions between native passes, or AMX's.
 
 oneDNN could clamp in the convolution itself, but then turns NaN into 0; ``relu_pool_`` keeps it and
 takes no longer than a max-pooling alone. It could also add the convolution of ``x`` to that of the
@@ -47,11 +47,7 @@ def conv_relu_onednn(
     """As ``conv_relu_reference``."""
     if unsupported(x, weight, skip):
         return conv_relu_reference(x, weight, bias, padding, skip, *flags)
-    if not _amx.unsupported(x, weight):
-        return _amx.conv_relu(x, _cropped(skip, x), weight, bias, padding, False)[0]
-    y = _convolve(x, weight, bias, padding, skip)
-    _relu_pool(y, pool=False)
-    return y
+    return _forward(x, weight, bias, padding, skip, pool=False)[0]
 
 
 def conv_relu_pool_onednn(
@@ -60,10 +56,7 @@ def conv_relu_pool_onednn(
     """As ``conv_relu_pool_reference``."""
     if unsupported(x, weight, skip):
         return conv_relu_pool_reference(x, weight, bias, padding, skip, *flags)
-    if not _amx.unsupported(x, weight):
-        return _amx.conv_relu(x, _cropped(skip, x), weight, bias, padding, True)
-    y = _convolve(x, weight, bias, padding, skip)
-    return y, _relu_pool(y, pool=True)
+    return _forward(x, weight, bias, padding, skip, pool=True)
 
 
 def conv_relu_bwd_onednn(
@@ -99,6 +92,16 @@ def conv_relu_bwd_onednn(
     if need_skip:
         grad_skip = torch.ops.fastunet.crop_concat_bwd(grad_skip, skip)
     return grad_x, grad_weight, grad_bias, grad_skip
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None, pool: bool
+) -> tuple[Tensor, Tensor]:
+    """The output and its pooled copy, if asked for."""
+    if not _amx.unsupported(x, weight):
+        return _amx.conv_relu(x, _cropped(skip, x), weight, bias, padding, pool)
+    y = _convolve(x, weight, bias, padding, skip)
+    return y, _relu_pool(y, pool)
 
 
 def _convolve(
