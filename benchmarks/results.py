@@ -208,7 +208,11 @@ def main() -> int:
     for path, kind in PAGES.items():
         update(path, kind, section(kind, files))
     for name, rows in files.items():
-        plots.draw(rows, RESULTS / name)
+        drawn = plots.draw(rows, RESULTS / name)
+        for chart in (RESULTS / name).iterdir():
+            # of rows that are gone
+            if chart not in drawn:
+                chart.unlink()
     return 0
 
 
