@@ -30,6 +30,11 @@ class Arrow:
     pool: bool = False
 
     @property
+    def channels(self) -> str:
+        """Those that it reads, the skip's first, as tables show them: "512+512"."""
+        return f"{self.c_skip}+{self.c_in}" if self.c_skip else f"{self.c_in}"
+
+    @property
     def flops(self) -> int:
         """Operations for one image, two a multiply-add."""
         taps = {"conv": 9 * (self.size - 2) ** 2, "up": 4 * self.size**2, "head": self.size**2}

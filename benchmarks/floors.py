@@ -46,8 +46,7 @@ def counts(arrow: Arrow) -> list[float]:
 
 
 def _name(arrow: Arrow) -> str:
-    source = f"{arrow.c_skip}+{arrow.c_in}" if arrow.c_skip else f"{arrow.c_in}"
-    return f"{source} -> {arrow.c_out}{', pool' if arrow.pool else ''}"
+    return f"{arrow.channels} -> {arrow.c_out}{', pool' if arrow.pool else ''}"
 
 
 def _elements(arrow: Arrow) -> int:

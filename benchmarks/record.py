@@ -234,6 +234,11 @@ def _row(flat: dict[str, Any]) -> Row:
     return Row(environment=Environment(**where), **values)
 
 
+def commits(rows: Iterable[Row]) -> str:
+    """Each commit that rows are of, in their order."""
+    return ", ".join(dict.fromkeys(row.environment.commit for row in rows))
+
+
 def line(cells: Iterable[str]) -> str:
     """A line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
@@ -241,7 +246,8 @@ def line(cells: Iterable[str]) -> str:
 
 def markdown(rows: list[Row]) -> str:
     """A table an operator under a list of where and with what."""
-    lines = [f"- {name}: {value}" for name, value in asdict(rows[0].environment).items()]
+    where = asdict(rows[0].environment) | {"commit": commits(rows)}
+    lines = [f"- {name}: {value}" for name, value in where.items()]
     for operator in dict.fromkeys(row.operator for row in rows):
         lines += ["", f"## {operator}", "", line(COLUMNS), line("---" for _ in COLUMNS)]
         found = [row for row in rows if row.operator == operator]

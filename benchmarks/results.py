@@ -161,11 +161,10 @@ def _table(lines: Iterable[tuple[str, ...]]) -> list[str]:
 
 def _where(rows: Sequence[Row]) -> str:
     place = rows[0].environment
-    commits = ", ".join(dict.fromkeys(row.environment.commit for row in rows))
     parts = [place.device, f"{place.threads} threads", f"torch {place.torch}"]
     if place.driver:
         parts += [f"driver {place.driver}", f"Triton {place.triton}", f"TF32 {place.tf32}"]
-    return f"{', '.join(parts)}, commit {commits}:"
+    return f"{', '.join(parts)}, commit {record.commits(rows)}:"
 
 
 def _not_on_a_gpu(files: dict[str, list[Row]]) -> str:
@@ -209,7 +208,11 @@ def main() -> int:
     for path, kind in PAGES.items():
         update(path, kind, section(kind, files))
     for name, rows in files.items():
-        plots.draw(rows, RESULTS / name)
+        drawn = plots.draw(rows, RESULTS / name)
+        for chart in (RESULTS / name).iterdir():
+            # of rows that are gone
+            if chart not in drawn:
+                chart.unlink()
     return 0
 
 

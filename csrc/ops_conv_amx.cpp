@@ -1,5 +1,5 @@
 // Convolutions on AMX of bfloat16 CPU tensors, [B, C, H, W] with their channels next to each other;
-// results are [B, H, W, C] contiguous. Schemas are in fastunet/ops/conv_relu/amx.py.
+// results are [B, H, W, C] contiguous. Schemas are in fastunet/ops/_amx.py.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

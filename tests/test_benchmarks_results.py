@@ -100,10 +100,13 @@ def test_committed_rows_are_whole() -> None:
             assert each.status == "timed" or each.reason
             assert each.environment.driver or not each.environment.device.startswith("NVIDIA")
         folder = results.RESULTS / name
-        for operator, dtype in {(each.operator, each.dtype) for each in rows if each.ms}:
-            for suffix in (".png", ".svg"):
-                chart = folder / f"speedup-{operator}-{dtype}{suffix}"
-                assert chart.stat().st_size > 10_000
+        assert {chart.name for chart in folder.glob("speedup-*")} == {
+            f"speedup-{each.operator}-{each.dtype}{suffix}"
+            for each in rows
+            if each.ms
+            for suffix in (".png", ".svg")
+        }
+        assert all(chart.stat().st_size > 10_000 for chart in folder.iterdir())
         table = results.RESULTS / f"{name}.md"
         assert table.read_text(encoding="utf-8") == record.markdown(rows)
 

@@ -43,14 +43,6 @@ def cases(setting: Setting) -> list[Case]:
 def _case(arrow: Arrow, batch: int, dtype: torch.dtype, backward: bool, setting: Setting) -> Case:
     shapes = _shapes(arrow, batch)
 
-    def inputs() -> Inputs:
-        given = {
-            name: noise(shape, setting.device, dtype, seed=seed)
-            for seed, (name, shape) in enumerate(shapes.items())
-        }
-        given["weight"] *= (2 / prod(shapes["weight"][1:])) ** 0.5
-        return given
-
     # the image itself needs no gradient
     leaves = [name for name in shapes if backward and (name != "x" or arrow.c_in > 1)]
     eager = partial(ops.eager.conv_relu, pool=arrow.pool)
@@ -60,12 +52,26 @@ def _case(arrow: Arrow, batch: int, dtype: torch.dtype, backward: bool, setting:
         operator="conv_relu",
         name=_name(arrow, batch) + (", forward + backward" if backward else ", forward"),
         dtype=dtype,
-        inputs=inputs,
+        inputs=lambda: noisy_layer(shapes, setting.device, dtype),
         exact=exactly(eager, leaves),
         contenders=(*rivals(eager, ours, leaves, setting), _library(arrow, leaves, setting)),
         moved_bytes=_elements(arrow, batch, leaves) * dtype.itemsize,
         flops=passes * batch * arrow.flops,
     )
+
+
+def noisy_layer(
+    shapes: dict[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype
+) -> Inputs:
+    """Noise in ``shapes``; weights are scaled so that outputs are as large as inputs."""
+    given = {
+        name: noise(shape, device, dtype, seed=seed)
+        for seed, (name, shape) in enumerate(shapes.items())
+    }
+    for name in given:
+        if name.startswith("weight"):
+            given[name] *= (2 / prod(shapes[name][1:])) ** 0.5
+    return given
 
 
 def _library(arrow: Arrow, leaves: list[str], setting: Setting) -> Contender:
@@ -113,6 +119,5 @@ def _elements(arrow: Arrow, batch: int, leaves: list[str]) -> int:
 
 
 def _name(arrow: Arrow, batch: int) -> str:
-    channels = f"{arrow.c_skip}+{arrow.c_in}" if arrow.c_skip else f"{arrow.c_in}"
     pool = " + pool" if arrow.pool else ""
-    return f"{batch} x {channels} -> {arrow.c_out}, {arrow.size}x{arrow.size}{pool}"
+    return f"{batch} x {arrow.channels} -> {arrow.c_out}, {arrow.size}x{arrow.size}{pool}"

@@ -2,14 +2,14 @@
 
 from functools import partial
 from itertools import pairwise
-from math import prod
 
 import torch
 
 from fastunet import ops
 
-from ..cases import Case, Inputs, Setting, exactly, noise, rivals
+from ..cases import Case, Setting, exactly, rivals
 from ..figure import Arrow, arrows
+from .bench_conv_relu import noisy_layer
 
 # the deepest level and the last concatenation
 QUICK_LEVELS = (4, 8)
@@ -43,27 +43,17 @@ def _case(first: Arrow, second: Arrow, batch: int, dtype: torch.dtype, setting: 
     if first.c_skip:
         shapes["skip"] = (batch, first.c_skip, first.skip_size, first.skip_size)
 
-    def inputs() -> Inputs:
-        given = {
-            name: noise(shape, setting.device, dtype, seed=seed)
-            for seed, (name, shape) in enumerate(shapes.items())
-        }
-        for name in ("weight1", "weight2"):
-            given[name] *= (2 / prod(shapes[name][1:])) ** 0.5
-        return given
-
     # the image itself needs no gradient
     leaves = [name for name in shapes if name != "x" or first.c_in > 1]
     eager = partial(ops.eager.conv_relu_pair, pool=second.pool)
     ours = partial(ops.conv_relu_pair, pool=second.pool)
-    channels = f"{first.c_skip}+{first.c_in}" if first.c_skip else f"{first.c_in}"
     pool = " + pool" if second.pool else ""
     return Case(
         operator="conv_relu_pair",
-        name=f"{batch} x {channels} -> {first.c_out} -> {second.c_out}, "
+        name=f"{batch} x {first.channels} -> {first.c_out} -> {second.c_out}, "
         f"{first.size}x{first.size}{pool}, forward + backward",
         dtype=dtype,
-        inputs=inputs,
+        inputs=lambda: noisy_layer(shapes, setting.device, dtype),
         exact=exactly(eager, leaves),
         contenders=rivals(eager, ours, leaves, setting),
         flops=batch * ((2 + ("x" in leaves)) * first.flops + 3 * second.flops),

@@ -51,13 +51,7 @@ def conv_relu_onednn(
     """As ``conv_relu_reference``."""
     if unsupported(x, weight, skip):
         return conv_relu_reference(x, weight, bias, padding, skip, *flags)
-    if not _amx.unsupported(x, weight):
-        return _amx.conv_relu(x, _cropped(skip, x), weight, bias, padding, False)[0]
-    if not winograd_rule.unsupported("forward", x, weight, padding):
-        return winograd.conv_relu(x, weight, bias, padding, skip, False)[0]
-    y = _convolve(x, weight, bias, padding, skip)
-    _relu_pool(y, pool=False)
-    return y
+    return _forward(x, weight, bias, padding, skip, pool=False)[0]
 
 
 def conv_relu_pool_onednn(
@@ -66,12 +60,7 @@ def conv_relu_pool_onednn(
     """As ``conv_relu_pool_reference``."""
     if unsupported(x, weight, skip):
         return conv_relu_pool_reference(x, weight, bias, padding, skip, *flags)
-    if not _amx.unsupported(x, weight):
-        return _amx.conv_relu(x, _cropped(skip, x), weight, bias, padding, True)
-    if not winograd_rule.unsupported("forward", x, weight, padding):
-        return winograd.conv_relu(x, weight, bias, padding, skip, True)
-    y = _convolve(x, weight, bias, padding, skip)
-    return y, _relu_pool(y, pool=True)
+    return _forward(x, weight, bias, padding, skip, pool=True)
 
 
 def conv_relu_bwd_onednn(
@@ -138,6 +127,18 @@ def _all_gradients(
     if need_skip:
         grad_skip = torch.ops.fastunet.crop_concat_bwd(grad_skip, skip)
     return grad_x, grad_weight, grad_bias, grad_skip
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None, pool: bool
+) -> tuple[Tensor, Tensor]:
+    """The output and its pooled copy, if asked for."""
+    if not _amx.unsupported(x, weight):
+        return _amx.conv_relu(x, _cropped(skip, x), weight, bias, padding, pool)
+    if not winograd_rule.unsupported("forward", x, weight, padding):
+        return winograd.conv_relu(x, weight, bias, padding, skip, pool)
+    y = _convolve(x, weight, bias, padding, skip)
+    return y, _relu_pool(y, pool)
 
 
 def _convolve(

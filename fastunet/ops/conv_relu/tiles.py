@@ -18,8 +18,8 @@ Kind = Literal["forward", "data gradient", "weight gradient"]
 
 # wgmma and tcgen05, fed from shared memory by tensor descriptors; others have less of it
 DESCRIPTOR_MAJORS = (9, 10)
-# fewer input channels than this are few
-FEWEST = 8
+# with fewer input channels the nine taps are one block, and the library pads
+FEW_CHANNELS = 8
 # up to here the layer's own traffic weighs more than the library's better arithmetic
 WIDEST = 128
 
@@ -51,7 +51,7 @@ class Tile:
         return self.block_h * self.block_w
 
 
-FEW_CHANNELS: dict[Kind, Tile] = {
+FEW_CHANNEL_TILES: dict[Kind, Tile] = {
     "forward": Tile("pointer", 64, 1, 128, 16, 4, 2),
     "weight gradient": Tile("pointer", 64, 1, 64, 16, 4, 3),
 }
@@ -103,7 +103,7 @@ def choose(
 def expected(problem: Problem, capability: tuple[int, int]) -> Tile | None:
     """The kernel that should be fastest by count, where nothing was measured."""
     if _has_few_channels(problem):
-        return FEW_CHANNELS[problem.kind]
+        return FEW_CHANNEL_TILES[problem.kind]
     aligned = all(
         n * problem.dtype.itemsize % 16 == 0 for n in (problem.c_skip, problem.c, problem.c_out)
     )
@@ -117,7 +117,7 @@ def expected(problem: Problem, capability: tuple[int, int]) -> Tile | None:
 def candidates(problem: Problem) -> list[Tile]:
     """What ``fastunet tune`` measures beside the library, the expected one first."""
     if _has_few_channels(problem):
-        return [FEW_CHANNELS[problem.kind]]
+        return [FEW_CHANNEL_TILES[problem.kind]]
     if problem.kind == "weight gradient":
         if problem.dtype == torch.float32:
             # both operands would have to be transposed, which only registers can
@@ -145,8 +145,7 @@ def candidates(problem: Problem) -> list[Tile]:
 
 
 def _has_few_channels(problem: Problem) -> bool:
-    """Whether the nine taps are one block of the product, and the library pads channels."""
-    return problem.kind in FEW_CHANNELS and problem.c_skip + problem.c < FEWEST
+    return problem.kind in FEW_CHANNEL_TILES and problem.c_skip + problem.c < FEW_CHANNELS
 
 
 def _fit(pixels: int, problem: Problem) -> tuple[int, int]:
