@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet.ops import _amx
+from fastunet.ops.conv_relu import winograd_rule
+from fastunet.ops.conv_relu.reference import is_channels_last
 
 from .cases import OURS, Call, Case, Contender, in_turn
 from .timing import Clock
@@ -112,7 +114,7 @@ def watch(call: Call) -> tuple[tuple[Tensor, ...], dict[str, str]]:
 
     Returns: its outputs, and by operator who served, as in ``Trial.backend``.
     Raises: RefusedError if a kernel is registered for an operator and its reference ran, or if the
-        processor has AMX for a call and something else ran.
+        processor has AMX, or a forward call suits Winograd's algorithm, and something else ran.
     """
     watcher = _Watcher()
     # backward runs on the watched thread, on a GPU too
@@ -158,6 +160,8 @@ class _Watcher(TorchDispatchMode):
         ran = next((who for who in PYTHON_BACKENDS.values() if who in called), native)
         if device == "cpu" and ran != "amx" and _amx_takes(name, args):
             raise RefusedError(f"{name}: this processor's AMX takes the call, but {ran} ran")
+        if device == "cpu" and ran != "winograd" and _winograd_takes(name, args):
+            raise RefusedError(f"{name}: Winograd's algorithm takes the call, but {ran} ran")
         if ran == "reference" and torch._C._dispatch_has_kernel_for_dispatch_key(
             qualified, device.upper()
         ):
@@ -180,6 +184,15 @@ def _amx_takes(name: str, args: Sequence[Any]) -> bool:
         return False
     wide = source.shape[1] >= _amx.FEW_CHANNELS
     return needs_it and wide and source.dtype == weight.dtype == torch.bfloat16
+
+
+def _winograd_takes(name: str, args: Sequence[Any]) -> bool:
+    """Whether a forward call is one for Winograd's algorithm, by its rule, which tests hold it to."""
+    if name not in ("conv_relu", "conv_relu_pool"):
+        return False
+    x, weight, _, padding, skip = args[:5]
+    rejected = winograd_rule.unsupported("forward", x, weight, padding)
+    return not rejected and is_channels_last(x, weight, skip)
 
 
 def _named(served: dict[str, str]) -> str:

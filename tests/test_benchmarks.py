@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from io import StringIO
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from benchmarks.timing import (
 )
 from fastunet import UNet, ops
 from fastunet.ops import _amx
-from fastunet.ops.conv_relu import onednn
+from fastunet.ops.conv_relu import onednn, winograd_rule
 
 CPU = torch.device("cpu")
 
@@ -179,6 +180,19 @@ def test_forced_fallback_from_amx_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert Judge(case, Clock(CPU)).admit(ours).backend == "amx"
     monkeypatch.setattr(_amx, "unsupported", lambda *given: "forced")
     with pytest.raises(RefusedError, match="this processor's AMX takes the call, but"):
+        Judge(case, Clock(CPU)).admit(ours)
+
+
+@pytest.mark.skipif(bool(winograd_rule.why_not_here()), reason="there is no extension")
+def test_forced_fallback_from_winograd_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, case = run.BENCHES["conv_relu"].cases(
+        Setting(CPU, (torch.float32,), sizes=(188,), quick=True)
+    )
+    ours = next(contender for contender in case.contenders if contender.name == OURS)
+    assert Judge(case, Clock(CPU)).admit(ours).backend == "winograd"
+    forced = SimpleNamespace(unsupported=lambda *given: "forced")
+    monkeypatch.setattr(onednn, "winograd_rule", forced)
+    with pytest.raises(RefusedError, match="Winograd's algorithm takes the call, but onednn ran"):
         Judge(case, Clock(CPU)).admit(ours)
 
 

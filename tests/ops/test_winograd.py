@@ -203,6 +203,9 @@ def test_switch() -> None:
     plain = fastunet.conv_relu(**arguments)
     assert not torch.equal(plain, by_winograd)
     assert winograd_rule.why_not_here() == "it is switched off"
+    setting: Any = "off"
+    with pytest.raises(TypeError, match="on must be True or False, got 'off'"):
+        fastunet.use_winograd(setting)
 
 
 def test_weights_are_never_stale() -> None:

@@ -36,8 +36,11 @@ def use_winograd(on: bool) -> bool:
     Args:
         on: whether it may run.
     Returns: whether it could before.
+    Raises: TypeError if ``on`` is not a bool.
     """
-    before, _switch["on"] = _switch["on"], bool(on)
+    if not isinstance(on, bool):
+        raise TypeError(f"use_winograd: on must be True or False, got {on!r}")
+    before, _switch["on"] = _switch["on"], on
     return before
 
 
