@@ -187,7 +187,7 @@ def _amx_takes(name: str, args: Sequence[Any]) -> bool:
 
 
 def _winograd_takes(name: str, args: Sequence[Any]) -> bool:
-    """Whether a forward call is one for Winograd's algorithm, by its rule, which tests hold it to."""
+    """Whether a forward call is one for Winograd's algorithm, by its rule."""
     if name not in ("conv_relu", "conv_relu_pool"):
         return False
     x, weight, _, padding, skip = args[:5]
