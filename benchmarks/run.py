@@ -19,6 +19,7 @@ from .ops import (
     bench_conv_relu_pair,
     bench_crop_concat,
     bench_separate_touching,
+    bench_up_conv,
     bench_weight_map,
     bench_weighted_cross_entropy,
 )
@@ -28,6 +29,7 @@ from .timing import measure_ceilings
 BENCHES: dict[str, ModuleType] = {
     "conv_relu": bench_conv_relu,
     "conv_relu_pair": bench_conv_relu_pair,
+    "up_conv": bench_up_conv,
     "crop_concat": bench_crop_concat,
     "weighted_cross_entropy": bench_weighted_cross_entropy,
     "weight_map": bench_weight_map,

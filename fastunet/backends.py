@@ -12,6 +12,7 @@ import torch
 
 OPERATORS = (
     "conv_relu",
+    "up_conv",
     "crop_concat",
     "weighted_cross_entropy",
     "weight_map",
@@ -86,6 +87,8 @@ def _beside(operator: str, device: str) -> str:
     from .ops import _amx
     from .ops.conv_relu import winograd_rule
 
+    if (operator, device) == ("up_conv", "cpu"):
+        return ", gradients by matrix products"
     if (operator, device) != ("conv_relu", "cpu"):
         return ""
     winograd = "" if winograd_rule.why_not_here() else ", Winograd F(4x4, 3x3) for float32"

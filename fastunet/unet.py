@@ -82,13 +82,14 @@ class ConvPair(nn.Module):
 class UpConv(nn.ConvTranspose2d):
     """Green arrow: 2x2 transposed convolution of stride 2, with a ReLU in the released network."""
 
-    def __init__(self, c_in: int, c_out: int, relu: bool) -> None:
+    def __init__(self, c_in: int, c_out: int, relu: bool, ops: ModuleType) -> None:
         super().__init__(c_in, c_out, 2, stride=2)
         self.relu = relu
+        self.up_conv = ops.up_conv
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[B, C, H, W] to [B, C_out, 2 H, 2 W]."""
-        y = super().forward(x, output_size)
+        y = self.up_conv(x, self.weight, self.bias)
         return F.relu(y, inplace=True) if self.relu else y
 
 
@@ -129,8 +130,8 @@ class UNet(nn.Module):
         activation: None for logits, or "sigmoid" for the probability of each class on its own.
         recompute: keep only what goes between the levels for backward, and compute the rest
             again. Training is slower, and its result the same.
-        ops: the module whose ``conv_relu_pair`` and ``crop_concat`` run, ``fastunet.ops`` or
-            ``fastunet.ops.eager``.
+        ops: the module whose ``conv_relu_pair``, ``crop_concat`` and ``up_conv`` run,
+            ``fastunet.ops`` or ``fastunet.ops.eager``.
     Raises: ValueError for arguments that cannot work.
     Source: Ronneberger et al. 2015, figure 1 and section 3 (initialisation).
     """
@@ -196,7 +197,7 @@ class UNet(nn.Module):
             width = c_out = widths[level]
             c_up = widths[1] if release and level == 0 else width
             if up == "transpose":
-                self.up_convs.append(UpConv(c, c_up, relu=release))
+                self.up_convs.append(UpConv(c, c_up, release, ops))
             elif up == "bilinear":
                 self.up_convs.append(BilinearUp(c, c_up))
             else:

@@ -3,6 +3,7 @@
 from . import eager
 from .conv_relu import conv_relu, conv_relu_pair, use_winograd
 from .crop_concat import crop_concat
+from .up_conv import up_conv
 from .weight_map import separate_touching, weight_map
 from .weighted_cross_entropy import weighted_cross_entropy
 
@@ -12,6 +13,7 @@ __all__ = [
     "crop_concat",
     "eager",
     "separate_touching",
+    "up_conv",
     "use_winograd",
     "weight_map",
     "weighted_cross_entropy",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .crop_concat.reference import crop_concat_reference as crop_concat
+from .up_conv.reference import up_conv_reference
 
 
 def conv_relu(
@@ -41,6 +42,11 @@ def conv_relu_pair(
     """As ``fastunet.ops.conv_relu_pair``, one after the other."""
     between = conv_relu(x, weight1, bias1, padding=padding, skip=skip)
     return conv_relu(between, weight2, bias2, padding=padding, pool=pool)
+
+
+def up_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As ``fastunet.ops.up_conv``, by ``torch.nn.functional.conv_transpose2d``."""
+    return up_conv_reference(x, weight, bias)
 
 
 def weighted_cross_entropy(
@@ -77,4 +83,4 @@ def weighted_cross_entropy(
     return loss.sum() / share.sum()
 
 
-__all__ = ["conv_relu", "conv_relu_pair", "crop_concat", "weighted_cross_entropy"]
+__all__ = ["conv_relu", "conv_relu_pair", "crop_concat", "up_conv", "weighted_cross_entropy"]

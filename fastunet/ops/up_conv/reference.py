@@ -1,0 +1,36 @@
+"""The 2x2 up-convolution: a transposed convolution of stride 2, whose taps do not overlap.
+
+    y[o, 2 i + di, 2 j + dj] = bias[o] + sum over c of x[c, i, j] weight[c, o, di, dj]
+
+so that each pixel makes four, by a product with a matrix of [C, 4 C_out].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def up_conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[B, C, H, W] to [B, C_out, 2 H, 2 W] by PyTorch's transposed convolution."""
+    return F.conv_transpose2d(x, weight, bias, stride=2)
+
+
+def up_conv_bwd_reference(
+    grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias from that of the output; empty where not needed."""
+    return library_gradients(grad, x, weight, needed)
+
+
+def library_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those that PyTorch computes."""
+    grads = torch.ops.aten.convolution_backward(
+        grad, x, weight, [grad.shape[1]], [2, 2], [0, 0], [1, 1], True, [0, 0], 1, needed
+    )
+    empty = x.new_empty(0)
+    grad_x, grad_weight, grad_bias = (
+        got if need else empty for got, need in zip(grads, needed, strict=True)
+    )
+    return grad_x, grad_weight, grad_bias
