@@ -5,9 +5,7 @@ What is looked for, each step the only use of the one before it:
     [cat of two ->] Conv2d 3x3 [-> BatchNorm2d] -> ReLU [-> 2x2 max-pooling, beside other uses]
 
 with Dropout and Identity allowed before the ReLU. In eval mode dropout does nothing, and batch
-normalisation is a factor and a shift per channel, folded into the weights:
-
-    s = gamma / sqrt(var + eps)    W' = s W    b' = s (b - mean) + beta
+normalisation is folded into the weights (``ops/folding.py``).
 """
 
 import operator
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .ops import conv_relu
+from .ops.folding import folded, folding_pays
 from .tracing import has_hooks
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -163,36 +162,16 @@ def _takes(
         return False
     if pool is not None and not _is_pool_module(pool):
         return False
-    # normalising is a pass over B H W C_out numbers, folding is one over 9 C_in C_out
-    few_pixels = x.shape[0] * x.shape[2] * x.shape[3] < 9 * conv.in_channels
     for module in between:
         if why_not_between(module) or _changes_values_in_training(module):
             return False
-        if few_pixels and isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and not folding_pays(x, conv):
             return False
     return True
 
 
 def _changes_values_in_training(module: nn.Module) -> bool:
     return module.training and not isinstance(module, nn.Identity) and getattr(module, "p", 1) > 0
-
-
-def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weights and bias of the convolution that equals ``norm(conv(x))`` in eval mode.
-
-    Computed at each call: nothing can be stale after a step of an optimiser or a load.
-    """
-    mean, var, gamma, beta = norm.running_mean, norm.running_var, norm.weight, norm.bias
-    assert mean is not None
-    assert var is not None
-    scale = torch.rsqrt(var + norm.eps)
-    if gamma is not None:
-        scale = scale * gamma
-    bias = -mean * scale if conv.bias is None else (conv.bias - mean) * scale
-    if beta is not None:
-        bias = bias + beta
-    weight = conv.weight * scale[:, None, None, None]
-    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
 
 
 def _module(node: fx.Node | None, modules: dict[str, nn.Module]) -> nn.Module | None:

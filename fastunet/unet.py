@@ -1,4 +1,4 @@
-"""The network of figure 1: a class per kind of arrow, and ``forward`` reads as the figure does."""
+"""The network of figure 1, whose ``forward`` reads as the figure does."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -9,102 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops as fused_ops
+from .layers import BilinearUp, ConvPair, UpConv
 from .ops.crop_concat.reference import centre_crop
 from .recompute import recomputed
 
 PAPER_WIDTHS = (64, 128, 256, 512, 1024)
-
-
-class ConvReLU(nn.Conv2d):
-    """Blue arrow: 3x3 convolution and ReLU; batch normalisation between or after on request."""
-
-    def __init__(self, c_in: int, c_out: int, padding: int, norm: str | None) -> None:
-        super().__init__(c_in, c_out, 3, padding=padding)
-        self.norm = nn.Identity() if norm is None else nn.BatchNorm2d(c_out)
-        self.relu_first = norm == "batch-after"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C_out, H', W']."""
-        y = super().forward(x)
-        if self.relu_first:
-            return self.norm(F.relu(y, inplace=True))
-        return F.relu(self.norm(y), inplace=True)
-
-
-class ConvPair(nn.Module):
-    """Two blue arrows, followed by dropout at the end of the contracting path.
-
-    Without normalisation the two are one operator, and their modules only hold the weights.
-    """
-
-    def __init__(
-        self,
-        c_in: int,
-        c_out: int,
-        padding: int,
-        norm: str | None,
-        ops: ModuleType,
-        dropout: float = 0.0,
-        c_mid: int | None = None,
-    ) -> None:
-        super().__init__()
-        c_mid = c_mid or c_out
-        self.conv1 = ConvReLU(c_in, c_mid, padding, norm)
-        self.conv2 = ConvReLU(c_mid, c_out, padding, norm)
-        self.dropout = nn.Dropout(dropout)
-        self.padding = padding
-        self.fused = norm is None
-        self.conv_relu_pair = ops.conv_relu_pair
-        self.crop_concat = ops.crop_concat
-
-    def forward(self, x: Tensor, skip: Tensor | None = None, pool: bool = False) -> Any:
-        """[B, C, H, W] to [B, C_out, H', W'], and its max-pooled copy (red arrow) on request."""
-        drops = self.training and self.dropout.p > 0
-        if self.fused:
-            y = self.conv_relu_pair(
-                x,
-                self.conv1.weight,
-                self.conv1.bias,
-                self.conv2.weight,
-                self.conv2.bias,
-                padding=self.padding,
-                skip=skip,
-                pool=pool and not drops,
-            )
-            if not drops:
-                return y
-        else:
-            y = self.conv2(self.conv1(x if skip is None else self.crop_concat(skip, x)))
-        y = self.dropout(y)
-        return (y, F.max_pool2d(y, 2)) if pool else y
-
-
-class UpConv(nn.ConvTranspose2d):
-    """Green arrow: 2x2 transposed convolution of stride 2, with a ReLU in the released network."""
-
-    def __init__(self, c_in: int, c_out: int, relu: bool, ops: ModuleType) -> None:
-        super().__init__(c_in, c_out, 2, stride=2)
-        self.relu = relu
-        self.up_conv = ops.up_conv
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """[B, C, H, W] to [B, C_out, 2 H, 2 W]."""
-        y = self.up_conv(x, self.weight, self.bias)
-        return F.relu(y, inplace=True) if self.relu else y
-
-
-class BilinearUp(nn.Conv2d):
-    """Green arrow without learnt interpolation: 1x1 convolution, then bilinear up-sampling.
-
-    The two commute; in this order the convolution has a quarter of the pixels.
-    """
-
-    def __init__(self, c_in: int, c_out: int) -> None:
-        super().__init__(c_in, c_out, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C_out, 2 H, 2 W]."""
-        return F.interpolate(super().forward(x), scale_factor=2, mode="bilinear")
 
 
 class UNet(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastunet import accelerate, fusion
+from fastunet.ops.folding import folded
 
 from . import networks
 from .accelerate_cases import NETWORKS, assert_same, build, outputs
@@ -154,8 +155,6 @@ def test_layouts() -> None:
 
 @pytest.mark.parametrize("wrong", ["scale", "shift"])
 def test_check_can_fail(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    folded = fusion.folded
-
     def badly(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
         weight, bias = folded(conv, norm)
         return (weight * 1.001, bias) if wrong == "scale" else (weight, bias + 0.001)

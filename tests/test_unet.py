@@ -21,12 +21,19 @@ VARIANTS: list[dict[str, Any]] = [
     {"up": "bilinear"},
     {"norm": "batch"},
     {"padding": "same", "norm": "batch", "up": "bilinear", "variant": "release"},
+    {"padding": "same", "norm": "batch-after"},
 ]
 
 
 def small(**options: Any) -> UNet:
     torch.manual_seed(0)
-    return UNet(2, 3, widths=SMALL, **options)
+    model = UNet(2, 3, widths=SMALL, **options)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("norm.running_mean", "norm.bias")):
+            tensor.normal_()
+        elif name.endswith(("norm.running_var", "norm.weight")):
+            tensor.uniform_(0.5, 2)
+    return model
 
 
 def parameters(model: nn.Module) -> int:

@@ -3,11 +3,13 @@
 from . import eager
 from .conv_relu import conv_relu, conv_relu_pair, use_winograd
 from .crop_concat import crop_concat
+from .folding import conv_norm_relu
 from .up_conv import up_conv
 from .weight_map import separate_touching, weight_map
 from .weighted_cross_entropy import weighted_cross_entropy
 
 __all__ = [
+    "conv_norm_relu",
     "conv_relu",
     "conv_relu_pair",
     "crop_concat",

@@ -7,7 +7,7 @@ Same names and arguments as in ``fastunet.ops``, differentiated by PyTorch itsel
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .crop_concat.reference import crop_concat_reference as crop_concat
 from .up_conv.reference import up_conv_reference
@@ -42,6 +42,22 @@ def conv_relu_pair(
     """As ``fastunet.ops.conv_relu_pair``, one after the other."""
     between = conv_relu(x, weight1, bias1, padding=padding, skip=skip)
     return conv_relu(between, weight2, bias2, padding=padding, pool=pool)
+
+
+def conv_norm_relu(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d,
+    *,
+    skip: Tensor | None = None,
+    pool: bool = False,
+) -> Any:
+    """As ``fastunet.ops.conv_norm_relu``, one after the other."""
+    source = x if skip is None else crop_concat(skip, x)
+    y = F.conv2d(source, conv.weight, conv.bias, padding=conv.padding)
+    statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    y = F.relu(F.batch_norm(y, *statistics, training=False, eps=norm.eps))
+    return (y, F.max_pool2d(y, 2)) if pool else y
 
 
 def up_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -83,4 +99,11 @@ def weighted_cross_entropy(
     return loss.sum() / share.sum()
 
 
-__all__ = ["conv_relu", "conv_relu_pair", "crop_concat", "up_conv", "weighted_cross_entropy"]
+__all__ = [
+    "conv_norm_relu",
+    "conv_relu",
+    "conv_relu_pair",
+    "crop_concat",
+    "up_conv",
+    "weighted_cross_entropy",
+]
