@@ -12,7 +12,13 @@ from .ops import weight_map
 
 
 def sample_tiles(
-    sections: Sequence[Section], size: int, batch: int, margin: int, generator: torch.Generator
+    sections: Sequence[Section],
+    size: int,
+    batch: int,
+    margin: int,
+    generator: torch.Generator,
+    *,
+    part: slice = slice(None),
 ) -> tuple[Tensor, Tensor]:
     """Cut tiles whose outputs lie anywhere in random sections.
 
@@ -22,17 +28,17 @@ def sample_tiles(
         batch: tiles.
         margin: context on each side that the network's output loses, in pixels.
         generator: a CPU generator.
+        part: which tiles of the batch to cut; all are drawn.
     Returns: images [B, C, size, size] float32 and labels [B, 2, size, size] int32, class ids and
         cell ids; what lies outside the section is its mirror image.
     """
+    places = [_place(sections, size - 2 * margin, generator) for _ in range(batch)]
     images, labels = [], []
-    for _ in range(batch):
-        section = sections[int(torch.randint(len(sections), (), generator=generator))]
-        window = []
-        for length in section.classes.shape:
-            span = max(length - (size - 2 * margin), 0)
-            start = int(torch.randint(span + 1, (), generator=generator)) - margin
-            window.append(mirror(torch.arange(start, start + size), length).numpy())
+    for section, starts in places[part]:
+        window = [
+            mirror(torch.arange(start - margin, start - margin + size), length).numpy()
+            for start, length in zip(starts, section.classes.shape, strict=True)
+        ]
         rows, columns = np.ix_(*window)
         images.append(section.image[:, rows, columns])
         labels.append(np.stack([section.classes[rows, columns], section.cells[rows, columns]]))
@@ -75,3 +81,12 @@ def class_weights(sections: Sequence[Section], n_classes: int, how: str) -> Tens
         return torch.ones(n_classes)
     frequencies = torch.from_numpy(class_frequencies(sections, n_classes))
     return torch.where(frequencies > 0, 1 / (n_classes * frequencies), 1.0).float()
+
+
+def _place(
+    sections: Sequence[Section], size: int, generator: torch.Generator
+) -> tuple[Section, list[int]]:
+    """A random section, and the first row and column of an output of ``size`` pixels in it."""
+    section = sections[int(torch.randint(len(sections), (), generator=generator))]
+    spans = [max(length - size, 0) for length in section.classes.shape]
+    return section, [int(torch.randint(span + 1, (), generator=generator)) for span in spans]

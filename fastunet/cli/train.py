@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..augment import Augmentation, Rotation
-from ..train import Config
+from ..config import Config
 from .common import (
     AsJson,
     Device,
@@ -51,7 +51,10 @@ def train(
         Literal["paper", "release"], typer.Option(help="release is the authors' published one.")
     ] = "paper",
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = defaults.steps,
-    batch: Annotated[int, typer.Option(help="Tiles a step.")] = defaults.batch,
+    batch: Annotated[int, typer.Option(help="Tiles a step, of all processes.")] = defaults.batch,
+    accumulate: Annotated[
+        int, typer.Option(help="Parts to go through them in, to need less memory.")
+    ] = defaults.accumulate,
     tile: Annotated[int, typer.Option(help="Input tile, in pixels.")] = defaults.tile,
     optimizer: Annotated[
         Literal["sgd", "adamw"], typer.Option(help="sgd is the paper's.")
@@ -96,14 +99,15 @@ def train(
     """Train a U-Net on images and labels."""
     import torch
 
+    from .. import distributed
     from ..data import load_sections
-    from ..devices import pick_device
     from ..train import BEST, fit
     from ..unet import UNet
 
     config = Config(
         steps=steps,
         batch=batch,
+        accumulate=accumulate,
         tile=tile,
         optimizer=optimizer,
         lr=lr,
@@ -124,7 +128,6 @@ def train(
             brightness=brightness,
         ),
     )
-    target = pick_device(device)
 
     def load(chosen: str | None) -> Any:
         return load_sections(
@@ -136,33 +139,40 @@ def train(
             separate=separate,
         )
 
-    training = load(train_sections)
-    validation = load(val_sections) if val_sections else []
-    torch.manual_seed(seed)
-    model = UNet(
-        training[0].image.shape[0],
-        classes,
-        widths=integers("--widths", widths),
-        padding=padding,
-        norm=None if norm == "none" else norm,
-        up=up,
-        dropout=dropout,
-        variant=variant,
-        recompute=recompute,
-    ).to(target)
-    outcome = fit(
-        model,
-        training,
-        config,
-        output,
-        validation=validation,
-        resume=resume,
-        quiet=quiet or as_json,
-        tensorboard=tensorboard,
-    )
+    with distributed.joined(device) as target:
+        writes = distributed.rank() == 0
+        training = load(train_sections)
+        validation = load(val_sections) if val_sections else []
+        torch.manual_seed(seed)
+        model = UNet(
+            training[0].image.shape[0],
+            classes,
+            widths=integers("--widths", widths),
+            padding=padding,
+            norm=None if norm == "none" else norm,
+            up=up,
+            dropout=dropout,
+            variant=variant,
+            recompute=recompute,
+        ).to(target)
+        outcome = fit(
+            model,
+            training,
+            config,
+            output,
+            validation=validation,
+            resume=resume,
+            quiet=quiet or as_json,
+            tensorboard=tensorboard,
+        )
     if outcome.stopped_by is not None:
-        err.print(f"stopped at step {outcome.step}; continue with the same command and --resume")
+        if writes:
+            err.print(
+                f"stopped at step {outcome.step}; continue with the same command and --resume"
+            )
         raise typer.Exit(128 + outcome.stopped_by)
+    if not writes:
+        return
     picture = _curve(output / "curve.png", outcome.history)
     summary = {"steps": outcome.step, "checkpoint": str(output / BEST), "curve": picture}
     print_result(summary, as_json)
