@@ -6,15 +6,22 @@ division, the noise of dropout is that of the undivided batch.
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import distributed
-from .checkpoint import CheckpointError, load_checkpoint, restore_optimizer, save_checkpoint
+from .checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_trained,
+    restore_optimizer,
+    save_checkpoint,
+)
 from .config import Config, settings
 from .unet import ConvPair, UNet
 
@@ -28,8 +35,13 @@ class Learner:
     """
 
     def __init__(self, model: UNet, config: Config) -> None:
-        self.model = model
+        self.model, self.config = model, config
         self.optimizer = _optimizer(model, config)
+        device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+        self.average: AveragedModel | None = None
+        if config.ema is not None:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.network: nn.Module = model
         if distributed.count() > 1:
             self.network = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -37,6 +49,11 @@ class Learner:
         if distributed.count() * config.accumulate > 1:
             for pair in self._pairs:
                 pair.dropout = PartialDropout(pair.dropout.p, config.batch)
+
+    @property
+    def result(self) -> UNet:
+        """The network that training gives: the one that is trained, or its average."""
+        return self.model if self.average is None else cast(UNet, self.average.module)
 
     def forward(self, images: Tensor, first: int) -> Tensor:
         """Logits of a part of the batch, which begins with the batch's sample ``first``."""
@@ -46,6 +63,16 @@ class Learner:
             if isinstance(pair.dropout, PartialDropout):
                 pair.dropout.first = first
         return self.network(images)
+
+    def step(self) -> None:
+        """Follow the gradients of a scaled loss; where they overflow, only the scale changes."""
+        if self.config.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
 
     def close(self) -> None:
         """Give the network its own dropout back."""
@@ -60,7 +87,13 @@ class Learner:
 
     def save(self, path: Path, state: dict[str, Any]) -> None:
         """Write a checkpoint."""
-        save_checkpoint(path, self.model, self.optimizer, state)
+        save_checkpoint(
+            path,
+            self.result,
+            self.optimizer,
+            {**state, "scaler": self.scaler.state_dict()},
+            trained=None if self.average is None else self.model,
+        )
 
     def restore(self, path: Path, run: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Load the checkpoint at ``path`` if it belongs to the same ``run``; its state.
@@ -78,8 +111,14 @@ class Learner:
             if changed:
                 was = ", ".join(f"{key} {old.get(key)} (now {run[kind][key]})" for key in changed)
                 raise ValueError(f"{path}: the {kind} to resume had {was}")
-        self.model.load_state_dict(saved.state_dict())
+        self.result.load_state_dict(saved.state_dict())
+        if self.average is not None:
+            self.model.load_state_dict(load_trained(path))
+            self.average.n_averaged.fill_(state["step"])
         restore_optimizer(self.optimizer, tensors)
+        # an older checkpoint has none
+        if scale := state.pop("scaler", None):
+            self.scaler.load_state_dict(scale)
         return state
 
 

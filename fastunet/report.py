@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -75,7 +76,9 @@ class Report:
     ) -> None:
         self._progress.stop()
         if self._log is not None:
-            self._log.close()
+            # each line was flushed; what is left is one that has failed already
+            with suppress(OSError):
+                self._log.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -85,15 +88,26 @@ class Report:
         self._progress.update(self._task, completed=step, note=f"{note}, {rate:.3g} steps/s")
 
     def line(self, step: int, **values: float) -> None:
-        """Record values at ``step``; several calls at one step make one line of history each."""
+        """Record values at ``step``; several calls at one step make one line of history each.
+
+        Raises: OSError, naming the file, if the disk refuses.
+        """
         seconds = round(time.perf_counter() - self._start, 3)
         entry = {"step": step, "seconds": seconds, **values}
         self.history.append(entry)
         if self._log is not None:
-            self._log.write(json.dumps(entry) + "\n")
+            try:
+                self._log.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                raise OSError(f"{self._log.name}: cannot be written: {error}") from error
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, rgb: Any) -> None:
+        """Show [H, W, 3] uint8 in TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_image(name, rgb, step, dataformats="HWC")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -7,27 +7,30 @@ continues the same sequence without any saved generator.
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from math import ceil, cos, isfinite, pi
+from dataclasses import dataclass, field
+from math import ceil, isfinite
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import distributed
 from .augment import augment
 from .config import Config, settings
 from .data import Section
-from .devices import autocast, autocast_dtype
+from .devices import autocast, autocast_dtype, deterministic
 from .learner import Learner
 from .metrics import pixel_error
 from .ops import weighted_cross_entropy
 from .predict import predict
+from .profiling import phase, profiled
 from .report import Report
-from .sampling import class_weights, pixel_weights, sample_tiles
+from .sampling import RareClasses, class_weights, pixel_weights, sample_tiles
+from .schedules import learning_rate
 from .unet import UNet
 
 __all__ = [
@@ -43,6 +46,9 @@ __all__ = [
     "validate",
 ]
 
+# of a picture for TensorBoard: what it shows is predicted once more
+PICTURE_PX = 512
+
 LAST, BEST, LOG = "last.safetensors", "best.safetensors", "log.jsonl"
 
 
@@ -52,11 +58,19 @@ class DivergedError(ValueError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: at which step, with which history, and the signal that stopped it."""
+    """How a run ended.
+
+    ``step`` is its last one, ``history`` the lines of its log, ``stopped_by`` the signal that ended
+    it, ``lost_patience`` whether the validation loss had not fallen for too long, ``time_ms`` and
+    ``device_time_ms`` the profile of a step by phase.
+    """
 
     step: int
     history: list[dict[str, Any]]
     stopped_by: int | None
+    lost_patience: bool = False
+    time_ms: dict[str, float] = field(default_factory=dict)
+    device_time_ms: dict[str, float] = field(default_factory=dict)
 
 
 def train_step(
@@ -84,11 +98,13 @@ def train_step(
     context = min(margin, ceil(6 * config.sigma))
     labels = _centre(labels, margin - context)
     classes, cells = labels[:, 0], labels[:, 1]
-    weights = _centre(pixel_weights(classes, cells, class_weight, config.w0, config.sigma), context)
-    classes = _centre(classes, context)
     processes = distributed.count()
-    # the gradient that comes out is the mean over processes, where the sum is wanted
-    weights = weights * (processes / distributed.add_up(weights.sum()))
+    with phase("loss"):
+        weights = pixel_weights(classes, cells, class_weight, config.w0, config.sigma)
+        weights = _centre(weights, context)
+        # the gradient that comes out is the mean over processes, where the sum is wanted
+        weights = weights * (processes / distributed.add_up(weights.sum()))
+    classes = _centre(classes, context)
     losses = []
     learner.optimizer.zero_grad(set_to_none=True)
     size = images.shape[0] // config.accumulate
@@ -96,11 +112,19 @@ def train_step(
         part = slice(first, first + size)
         with learner.gradients_stay(part.stop < images.shape[0]):
             with autocast(images.device, autocast_dtype(images.device, config.precision)):
-                logits = learner.forward(images[part], distributed.rank() * images.shape[0] + first)
-                loss = weighted_cross_entropy(logits, classes[part], weights[part], reduction="sum")
-            loss.backward()
+                with phase("forward"):
+                    logits = learner.forward(
+                        images[part], distributed.rank() * images.shape[0] + first
+                    )
+                with phase("loss"):
+                    loss = weighted_cross_entropy(
+                        logits, classes[part], weights[part], reduction="sum"
+                    )
+            with phase("backward"):
+                learner.scaler.scale(loss).backward()
         losses.append(loss.detach())
-    learner.optimizer.step()
+    with phase("optimiser"):
+        learner.step()
     return torch.stack(losses).sum() / processes
 
 
@@ -144,6 +168,7 @@ def fit(
     resume: bool = False,
     quiet: bool = False,
     tensorboard: bool = False,
+    profile: Path | None = None,
 ) -> Outcome:
     """Train ``model`` and keep its checkpoints, log and history in ``folder``.
 
@@ -165,25 +190,32 @@ def fit(
         resume: continue from ``last.safetensors`` in ``folder``, with any number of processes; the
             result is that of a run that was never interrupted.
         quiet: show no progress bar.
-        tensorboard: also write TensorBoard events to ``folder``/tensorboard.
-    Returns: the last step, the history and the signal that ended the run, if one did.
+        tensorboard: also write TensorBoard events to ``folder``/tensorboard, with a picture of the
+            first validation section's segmentation at each validation.
+        profile: folder for a trace of a few steps; the times of their phases come back.
+    Returns: how the run ended.
     Raises: ValueError if the folder holds a run and ``resume`` is not given, if a resumed run's
         network or settings differ, if the tile does not fit the network, if the batch does not
-        divide among the processes, or if the network's output is no logits of two classes or more;
-        DivergedError, a ValueError, if the loss is not finite; ProcessLostError, an OSError, if
-        another process has ended.
+        divide among the processes, or if the network's output is no logits of two classes or more,
+        or if patience has no validation; DivergedError, a ValueError, if the loss is not finite;
+        ProcessLostError, an OSError, if another process has ended.
     """
     device = next(model.parameters()).device
     mine = _check(model, config)
+    if config.patience is not None and not validation:
+        raise ValueError("train: patience must have validation sections to go by, got none")
     margin = lost_pixels(model)
     class_weight = class_weights(sections, model.n_classes, config.class_weight).to(device)
     run = {"network": model.config, "run": settings(config), "data": _names(sections, validation)}
     if not resume and (folder / LAST).exists():
         raise ValueError(f"{folder} already holds a run: resume it or choose another folder")
     learner = Learner(model, config)
-    state: dict[str, Any] = {"step": 0, "best": None}
+    rare = None
+    if config.rare_classes:
+        rare = RareClasses(sections, model.n_classes, config.rare_classes)
+    state: dict[str, Any] = {"step": 0, "best": None, "stale": 0}
     if resume:
-        state = learner.restore(folder / LAST, run)
+        state |= learner.restore(folder / LAST, run)
     writes = distributed.rank() == 0
     if writes:
         for leftover in folder.glob(".*.partial.*"):
@@ -201,23 +233,32 @@ def fit(
         quiet=quiet or not writes,
         tensorboard=folder / "tensorboard" if tensorboard and writes else None,
     )
-    with closing(learner), report, _stop_signals() as received, distributed.naming_the_lost():
+    with (
+        closing(learner),
+        report,
+        deterministic(config.deterministic),
+        _stop_signals() as received,
+        distributed.naming_the_lost(),
+        profiled(profile if writes else None) as profiler,
+    ):
         while not (stopped_by := distributed.agreed(received, device)):
             step = state["step"]
-            if step >= config.steps:
+            lost_patience = config.patience is not None and state["stale"] >= config.patience
+            if step >= config.steps or lost_patience:
                 break
             generator = _seed(config.seed, step)
-            images, labels = sample_tiles(
-                sections, config.tile, config.batch, margin, generator, part=mine
-            )
-            images, labels = augment(
-                images.to(device),
-                labels.to(device),
-                config.augmentation,
-                generator,
-                batch=config.batch,
-                part=mine,
-            )
+            with phase("input"):
+                images, labels = sample_tiles(
+                    sections, config.tile, config.batch, margin, generator, part=mine, rare=rare
+                )
+                images, labels = augment(
+                    images.to(device),
+                    labels.to(device),
+                    config.augmentation,
+                    generator,
+                    batch=config.batch,
+                    part=mine,
+                )
             for group in learner.optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
             share = train_step(learner, images, labels, class_weight, config)
@@ -227,21 +268,36 @@ def fit(
                     f"train: the loss is {loss} at step {step + 1}: "
                     f"lower the learning rate ({config.lr})"
                 )
+            if profiler is not None:
+                profiler.step()
             state["step"] = step = step + 1
             lr = learner.optimizer.param_groups[0]["lr"]
             report.line(step, loss=loss, lr=lr)
             report.advance(step, f"loss {_recent(report.history):.4f}, lr {lr:.2g}")
             if step % config.validate_every == 0 or step == config.steps:
-                scores = validate(model, validation, class_weight, config) if validation else {}
-                if scores:
+                scores = {}
+                if validation:
+                    scores = validate(learner.result, validation, class_weight, config)
                     report.line(step, **scores)
+                    if tensorboard and writes:
+                        report.picture(
+                            step, "segmentation", _picture(learner.result, validation[0])
+                        )
+                state["stale"] += 1
                 if not scores or state["best"] is None or scores["val_loss"] < state["best"]:
-                    state["best"] = scores.get("val_loss")
+                    state["best"], state["stale"] = scores.get("val_loss"), 0
                     save(BEST)
                 save(LAST)
         if stopped_by:
             save(LAST)
-    return Outcome(state["step"], report.history, stopped_by)
+    return Outcome(
+        state["step"],
+        report.history,
+        stopped_by,
+        lost_patience=stopped_by is None and lost_patience,
+        time_ms=profiler.time_ms if profiler else {},
+        device_time_ms=profiler.device_time_ms if profiler else {},
+    )
 
 
 def _check(model: UNet, config: Config) -> slice:
@@ -260,16 +316,6 @@ def _check(model: UNet, config: Config) -> slice:
     return distributed.share(config.batch, config.accumulate)
 
 
-def learning_rate(step: int, config: Config) -> float:
-    """The rate for the step after ``step`` steps."""
-    if config.schedule == "constant":
-        return config.lr
-    rise = max(1, config.steps // 10)
-    if step < rise:
-        return config.lr * (step + 1) / rise
-    return config.lr * 0.5 * (1 + cos(pi * (step - rise) / max(1, config.steps - rise)))
-
-
 def _names(sections: Sequence[Section], validation: Sequence[Section]) -> dict[str, Any]:
     """What tells data sets apart, short enough for a message."""
     return {
@@ -278,6 +324,16 @@ def _names(sections: Sequence[Section], validation: Sequence[Section]) -> dict[s
         else "none"
         for kind, some in (("training", sections), ("validation", validation))
     }
+
+
+def _picture(model: UNet, section: Section) -> NDArray[np.uint8]:
+    """The middle of a section with what ``model`` makes of it, [H, W, 3]."""
+    from .figures import overlay
+
+    starts = (max(0, (n - PICTURE_PX) // 2) for n in section.classes.shape)
+    rows, columns = (slice(start, start + PICTURE_PX) for start in starts)
+    image = np.ascontiguousarray(section.image[:, rows, columns])
+    return overlay(image, predict(model, image, output="label"))
 
 
 def _centre(tensor: Tensor, margin: int) -> Tensor:

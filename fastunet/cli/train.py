@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.table import Table
 
 from ..augment import Augmentation, Rotation
 from ..config import Config
@@ -17,6 +18,7 @@ from .common import (
     app,
     err,
     integers,
+    out,
     print_result,
 )
 
@@ -35,6 +37,10 @@ def train(
     val_sections: Annotated[
         str | None, typer.Option(help="Pages to validate on; without them best is last.")
     ] = None,
+    folds: Annotated[
+        int | None, typer.Option(help="Folds to split --train-sections into, one to validate on.")
+    ] = None,
+    fold: Annotated[int | None, typer.Option(help="Which of them that is, from 0.")] = None,
     label_kind: LabelKind = "auto",
     separate: Separate = 1,
     classes: Annotated[int, typer.Option(help="Classes, background included.")] = 2,
@@ -63,8 +69,22 @@ def train(
     momentum: Annotated[float, typer.Option(help="Of sgd.")] = defaults.momentum,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = defaults.weight_decay,
     schedule: Annotated[
-        Literal["one-cycle", "constant"], typer.Option(help="Of the learning rate.")
+        Literal["one-cycle", "constant", "cosine", "poly"],
+        typer.Option(help="Of the learning rate."),
     ] = defaults.schedule,
+    warmup: Annotated[
+        int | None,
+        typer.Option(help="Steps of rising learning rate; one-cycle: a tenth, others: none."),
+    ] = defaults.warmup,
+    clip_norm: Annotated[
+        float | None, typer.Option(help="Scale gradients down to this norm.")
+    ] = defaults.clip_norm,
+    ema: Annotated[
+        float | None, typer.Option(help="Decay of the weights' average, such as 0.999, to keep.")
+    ] = defaults.ema,
+    rare_classes: Annotated[
+        float, typer.Option(help="Probability of a tile around a pixel of a class drawn evenly.")
+    ] = defaults.rare_classes,
     w0: Annotated[float, typer.Option(help="Height of the border weights; 0: none.")] = defaults.w0,
     sigma: Annotated[
         float, typer.Option(help="Width of the border weights, in pixels.")
@@ -84,11 +104,22 @@ def train(
     validate_every: Annotated[
         int, typer.Option(help="Steps between validations and checkpoints.")
     ] = defaults.validate_every,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many validations without a lower loss.")
+    ] = defaults.patience,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = defaults.seed,
-    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = defaults.precision,
+    precision: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16 (with a scaled loss).")
+    ] = defaults.precision,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="PyTorch's deterministic algorithms alone.")
+    ] = False,
     device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write events too.")] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Folder for a trace of ten steps; their times are printed.")
+    ] = None,
     recompute: Annotated[
         bool,
         typer.Option("--recompute", help="Keep less for backward and compute it again: slower."),
@@ -99,7 +130,7 @@ def train(
     """Train a U-Net on images and labels."""
     import torch
 
-    from .. import distributed
+    from .. import distributed, sampling
     from ..data import load_sections
     from ..train import BEST, fit
     from ..unet import UNet
@@ -114,11 +145,17 @@ def train(
         momentum=momentum,
         weight_decay=weight_decay,
         schedule=schedule,
+        warmup=warmup,
+        clip_norm=clip_norm,
+        ema=ema,
+        rare_classes=rare_classes,
         w0=w0,
         sigma=sigma,
         class_weight=class_weight,
         precision=precision,
         validate_every=validate_every,
+        patience=patience,
+        deterministic=deterministic,
         seed=seed,
         augmentation=Augmentation(
             elastic_px=elastic,
@@ -128,6 +165,9 @@ def train(
             brightness=brightness,
         ),
     )
+
+    if (folds is None) != (fold is None) or (folds is not None and val_sections):
+        raise ValueError("--folds and --fold go together, and without --val-sections")
 
     def load(chosen: str | None) -> Any:
         return load_sections(
@@ -143,6 +183,8 @@ def train(
         writes = distributed.rank() == 0
         training = load(train_sections)
         validation = load(val_sections) if val_sections else []
+        if folds is not None and fold is not None:
+            training, validation = sampling.fold(training, folds, fold)
         torch.manual_seed(seed)
         model = UNet(
             training[0].image.shape[0],
@@ -164,6 +206,7 @@ def train(
             resume=resume,
             quiet=quiet or as_json,
             tensorboard=tensorboard,
+            profile=profile,
         )
     if outcome.stopped_by is not None:
         if writes:
@@ -173,9 +216,28 @@ def train(
         raise typer.Exit(128 + outcome.stopped_by)
     if not writes:
         return
-    picture = _curve(output / "curve.png", outcome.history)
-    summary = {"steps": outcome.step, "checkpoint": str(output / BEST), "curve": picture}
+    early = f"the validation loss has not fallen for {patience} validations"
+    summary: dict[str, Any] = {
+        "steps": outcome.step,
+        "stopped early": early if outcome.lost_patience else None,
+        "checkpoint": str(output / BEST),
+        "curve": _curve(output / "curve.png", outcome.history),
+    }
+    if as_json and profile:
+        summary |= {"time_ms": outcome.time_ms, "device_time_ms": outcome.device_time_ms}
+    elif profile:
+        _print_profile(outcome.time_ms, outcome.device_time_ms)
     print_result(summary, as_json)
+
+
+def _print_profile(time_ms: dict[str, float], device_time_ms: dict[str, float]) -> None:
+    """The phases of a step: time and share, on a GPU also that of the kernels."""
+    on_gpu = any(device_time_ms.values())
+    table = Table("phase of a step", "ms", "share", *(["ms on the GPU"] if on_gpu else []))
+    for name, time in time_ms.items():
+        share = f"{time / sum(time_ms.values()):.1%}"
+        table.add_row(name, f"{time:.2f}", share, *([f"{device_time_ms[name]:.2f}"] * on_gpu))
+    out.print(table)
 
 
 def _curve(path: Path, history: list[dict[str, Any]]) -> str | None:
