@@ -51,7 +51,13 @@ class Augmentation:
 
 
 def augment(
-    images: Tensor, labels: Tensor, settings: Augmentation, generator: torch.Generator
+    images: Tensor,
+    labels: Tensor,
+    settings: Augmentation,
+    generator: torch.Generator,
+    *,
+    batch: int | None = None,
+    part: slice = slice(None),
 ) -> tuple[Tensor, Tensor]:
     """Deform a batch and change its grey values.
 
@@ -60,6 +66,8 @@ def augment(
         labels: [B, L, H, W] integers: L aligned label images, such as classes and cells.
         settings: what to draw.
         generator: a CPU generator.
+        batch: samples to draw for; None for as many as there are.
+        part: which samples of that batch these are.
     Returns: images and labels of the same shapes, dtypes and device; what comes from outside the
         image is its mirror image.
     Raises: ValueError if the two do not share batch, height, width and device.
@@ -75,29 +83,35 @@ def augment(
             "augment: images and labels must share batch and device, got "
             f"{images.shape[0]} on {images.device} and {labels.shape[0]} on {labels.device}"
         )
-    batch, channels, height, width = images.shape
-    turn = _orientation(batch, settings, generator)
+    _, channels, height, width = images.shape
+    batch = images.shape[0] if batch is None else batch
+    turn = _orientation(batch, settings, generator)[part]
     if settings.elastic_px == 0 and settings.rotation != "free" and height == width:
         images, labels = _turn_exactly(images, turn), _turn_exactly(labels, turn)
     else:
-        field = displacement(batch, height, width, settings, generator)
+        field = displacement(batch, height, width, settings, generator, part)
         rows, columns = _source_coordinates(turn, field.to(images.device))
         images = sample_linear(images, rows, columns)
         labels = sample_nearest(labels, rows, columns)
-    grey = torch.randn(2, batch, channels, 1, 1, generator=generator).to(images)
+    grey = torch.randn(2, batch, channels, 1, 1, generator=generator)[:, part].to(images)
     factor, offset = 1 + settings.contrast * grey[0], settings.brightness * grey[1]
     return images * factor + offset, labels
 
 
 def displacement(
-    batch: int, height: int, width: int, settings: Augmentation, generator: torch.Generator
+    batch: int,
+    height: int,
+    width: int,
+    settings: Augmentation,
+    generator: torch.Generator,
+    part: slice = slice(None),
 ) -> Tensor:
-    """Smooth random displacements [B, 2, H, W], rows then columns, in pixels.
+    """Smooth random displacements [B, 2, H, W], rows then columns, in pixels, of ``part``.
 
     Normal draws on the coarse grid, whose corners are the image's, interpolated bicubically.
     """
     n = settings.elastic_grid
-    coarse = torch.randn(batch, 2, n, n, generator=generator) * settings.elastic_px
+    coarse = torch.randn(batch, 2, n, n, generator=generator)[part] * settings.elastic_px
     return F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)
 
 

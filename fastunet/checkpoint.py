@@ -1,7 +1,8 @@
 """Checkpoints: one safetensors file that holds weights, optimiser state and how to go on.
 
-Tensors are named ``model.<key>`` and ``optimizer.<parameter>.<name>``; the metadata holds the
-network's arguments and the run's state as JSON. Nothing in it is code.
+Tensors are named ``model.<key>`` and ``optimizer.<parameter>.<name>``, and ``trained.<key>`` where
+the network's weights are an average of those that are trained; the metadata holds the network's
+arguments and the run's state as JSON. Nothing in it is code.
 """
 
 import json
@@ -30,6 +31,8 @@ def save_checkpoint(
     model: UNet,
     optimizer: torch.optim.Optimizer | None = None,
     state: dict[str, Any] | None = None,
+    *,
+    trained: UNet | None = None,
 ) -> None:
     """Write ``path`` whole or not at all.
 
@@ -38,9 +41,12 @@ def save_checkpoint(
         model: the network, on any device.
         optimizer: its optimiser, to resume from.
         state: what else to resume from; JSON values.
-    Raises: OSError if the disk refuses.
+        trained: the network to resume from, where ``model`` is an average of it.
+    Raises: OSError, naming the file, if the disk refuses.
     """
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    if trained is not None:
+        tensors |= {f"trained.{key}": value for key, value in trained.state_dict().items()}
     if optimizer is not None:
         for index, values in optimizer.state_dict()["state"].items():
             tensors |= {
@@ -54,8 +60,11 @@ def save_checkpoint(
         "state": json.dumps(state or {}),
     }
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(contiguous, temporary, metadata)
+    try:
+        with replacing(path) as temporary:
+            save_file(contiguous, temporary, metadata)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", **options: Any) -> UNet:
@@ -90,7 +99,7 @@ def load_checkpoint(
                 kind, _, rest = key.partition(".")
                 if kind == "model":
                     weights[rest] = file.get_tensor(key)
-                else:
+                elif kind == "optimizer":
                     index, _, name = rest.partition(".")
                     optimizer.setdefault(int(index), {})[name] = file.get_tensor(key)
         model = UNet(**json.loads(metadata["model"]), **options)
@@ -102,6 +111,13 @@ def load_checkpoint(
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
+
+
+def load_trained(path: Path) -> dict[str, Tensor]:
+    """The weights that are trained in a checkpoint whose network is an average of them."""
+    with safe_open(path, "pt") as file:
+        keys = [key for key in file.keys() if key.startswith("trained.")]  # noqa: SIM118
+        return {key.removeprefix("trained."): file.get_tensor(key) for key in keys}
 
 
 def read_weights(path: Path) -> Any:

@@ -1,6 +1,8 @@
 """Which device and which precision a run takes."""
 
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -42,6 +44,22 @@ def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
     """The autocast context for ``dtype``; none for None."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def deterministic(on: bool = True) -> Iterator[None]:
+    """PyTorch's deterministic algorithms alone; where there is none, an error."""
+    if not on:
+        yield
+        return
+    # cuBLAS reads it when it is first used
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _gains_from_bfloat16(device: torch.device) -> bool:

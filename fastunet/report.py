@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,8 @@ class Report:
     """Tells a person and a machine how a run goes.
 
     Args:
-        log: JSON lines file, appended to; a resumed run first drops the lines past ``step``.
+        log: JSON lines file, appended to; a resumed run first drops the lines past ``step``. None
+            for no file: another process writes it.
         steps: where the run ends.
         step: where it starts.
         quiet: show no progress bar, as where there is no terminal.
@@ -33,17 +35,19 @@ class Report:
 
     def __init__(
         self,
-        log: Path,
+        log: Path | None,
         steps: int,
         *,
         step: int = 0,
         quiet: bool = False,
         tensorboard: Path | None = None,
     ) -> None:
-        self.history = [line for line in read_log(log) if line["step"] <= step]
-        with replacing(log) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.history))
-        self._log = log.open("a", buffering=1)
+        self.history: list[dict[str, Any]] = []
+        if log is not None:
+            self.history = [line for line in read_log(log) if line["step"] <= step]
+            with replacing(log) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        self._log = None if log is None else log.open("a", buffering=1)
         self._writer = _open_tensorboard(tensorboard, step) if tensorboard else None
         console = Console(stderr=True)
         self._progress = Progress(
@@ -71,7 +75,10 @@ class Report:
         traceback: TracebackType | None,
     ) -> None:
         self._progress.stop()
-        self._log.close()
+        if self._log is not None:
+            # each line was flushed; what is left is one that has failed already
+            with suppress(OSError):
+                self._log.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -81,14 +88,26 @@ class Report:
         self._progress.update(self._task, completed=step, note=f"{note}, {rate:.3g} steps/s")
 
     def line(self, step: int, **values: float) -> None:
-        """Record values at ``step``; several calls at one step make one line of history each."""
+        """Record values at ``step``; several calls at one step make one line of history each.
+
+        Raises: OSError, naming the file, if the disk refuses.
+        """
         seconds = round(time.perf_counter() - self._start, 3)
         entry = {"step": step, "seconds": seconds, **values}
         self.history.append(entry)
-        self._log.write(json.dumps(entry) + "\n")
+        if self._log is not None:
+            try:
+                self._log.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                raise OSError(f"{self._log.name}: cannot be written: {error}") from error
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, rgb: Any) -> None:
+        """Show [H, W, 3] uint8 in TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_image(name, rgb, step, dataformats="HWC")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -6,93 +6,50 @@ continues the same sequence without any saved generator.
 
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from math import ceil, cos, inf, isfinite, pi
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from math import ceil, isfinite
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .augment import Augmentation, augment
-from .checkpoint import CheckpointError, load_checkpoint, restore_optimizer, save_checkpoint
+from . import distributed
+from .augment import augment
+from .config import Config, settings
 from .data import Section
-from .devices import autocast, autocast_dtype
+from .devices import autocast, autocast_dtype, deterministic
+from .learner import Learner
 from .metrics import pixel_error
 from .ops import weighted_cross_entropy
 from .predict import predict
+from .profiling import phase, profiled
 from .report import Report
-from .sampling import class_weights, pixel_weights, sample_tiles
+from .sampling import RareClasses, class_weights, pixel_weights, sample_tiles
+from .schedules import learning_rate
 from .unet import UNet
 
+__all__ = [
+    "BEST",
+    "LAST",
+    "LOG",
+    "Config",
+    "DivergedError",
+    "Outcome",
+    "fit",
+    "learning_rate",
+    "train_step",
+    "validate",
+]
+
+# of a picture for TensorBoard: what it shows is predicted once more
+PICTURE_PX = 512
+
 LAST, BEST, LOG = "last.safetensors", "best.safetensors", "log.jsonl"
-
-
-@dataclass(frozen=True)
-class Config:
-    """How to train.
-
-    Args:
-        steps: optimiser steps.
-        batch: tiles a step.
-        tile: height and width of an input tile, in pixels; one that fits the network.
-        optimizer: "sgd" (the paper's, momentum 0.99) or "adamw".
-        lr: learning rate, the peak for "one-cycle".
-        momentum: of SGD.
-        weight_decay: of either optimiser.
-        schedule: "constant", or "one-cycle": up over the first tenth, then down along a cosine.
-        w0: height of the border term of the weight map; 0 for none.
-        sigma: width of the border term, in pixels.
-        class_weight: "balanced" gives all classes equal weight in sum over the training set.
-        precision: "auto", "float32" or "bfloat16" (of the forward pass, under autocast).
-        validate_every: steps between validations and checkpoints.
-        seed: of weights, tiles, augmentation and dropout.
-        augmentation: what is drawn for each tile.
-    Raises: ValueError for values out of range.
-    Source: Ronneberger et al. 2015, section 3.
-    """
-
-    steps: int = 2000
-    batch: int = 1
-    tile: int = 316
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 1e-3
-    momentum: float = 0.99
-    weight_decay: float = 0.0
-    schedule: Literal["one-cycle", "constant"] = "one-cycle"
-    w0: float = 10.0
-    sigma: float = 5.0
-    class_weight: Literal["balanced", "none"] = "balanced"
-    precision: str = "auto"
-    validate_every: int = 250
-    seed: int = 0
-    augmentation: Augmentation = field(default_factory=Augmentation)
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "tile", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train: {name} must be >= 1, got {getattr(self, name)}")
-        for name in ("lr", "sigma"):
-            if not 0 < getattr(self, name) < inf:
-                raise ValueError(f"train: {name} must be > 0, got {getattr(self, name)}")
-        for name in ("w0", "weight_decay"):
-            if not 0 <= getattr(self, name) < inf:
-                raise ValueError(f"train: {name} must be >= 0, got {getattr(self, name)}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"train: momentum must be within 0..1, got {self.momentum}")
-        for name, allowed in (
-            ("optimizer", ("sgd", "adamw")),
-            ("schedule", ("one-cycle", "constant")),
-            ("class_weight", ("balanced", "none")),
-            # float16 would need its loss scaled
-            ("precision", ("auto", "float32", "bfloat16")),
-        ):
-            if getattr(self, name) not in allowed:
-                got = repr(getattr(self, name))
-                raise ValueError(f"train: {name} must be {' or '.join(allowed)}, got {got}")
 
 
 class DivergedError(ValueError):
@@ -101,47 +58,92 @@ class DivergedError(ValueError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: at which step, with which history, and the signal that stopped it."""
+    """How a run ended.
+
+    ``step`` is its last one, ``history`` the lines of its log, ``stopped_by`` the signal that ended
+    it, ``lost_patience`` whether the validation loss had not fallen for too long, ``time_ms`` and
+    ``device_time_ms`` the profile of a step by phase.
+    """
 
     step: int
     history: list[dict[str, Any]]
     stopped_by: int | None
+    lost_patience: bool = False
+    time_ms: dict[str, float] = field(default_factory=dict)
+    device_time_ms: dict[str, float] = field(default_factory=dict)
 
 
 def train_step(
-    model: UNet,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    class_weight: Tensor,
-    config: Config,
+    learner: Learner, images: Tensor, labels: Tensor, class_weight: Tensor, config: Config
 ) -> Tensor:
-    """One step of gradient descent on images [B, C, H, W], labels [B, 2, H, W]; its loss."""
-    margin = _lost(model)
+    """One step of gradient descent on this process's tiles of a batch.
+
+    The loss is that of the whole batch, over all processes and parts,
+
+        L = sum over pixels x of w(x) E(x) / sum over pixels x of w(x)
+
+    with the loss E and the weight w of a pixel. Each part's sum is divided by the weights of all,
+    so that the gradients of the parts add up to that of L.
+
+    Args:
+        learner: what is trained.
+        images: [B, C, H, W] float32, this process's share of the batch.
+        labels: [B, 2, H, W] int32, class ids and cell ids.
+        class_weight: [K] float32.
+        config: how to train.
+    Returns: the share of these tiles in L, a scalar; over all processes the sum is L.
+    """
+    margin = lost_pixels(learner.model)
     # cells farther than this from an output pixel add less than w0 * 2e-8 to its weight
     context = min(margin, ceil(6 * config.sigma))
     labels = _centre(labels, margin - context)
     classes, cells = labels[:, 0], labels[:, 1]
-    weights = _centre(pixel_weights(classes, cells, class_weight, config.w0, config.sigma), context)
-    with autocast(images.device, autocast_dtype(images.device, config.precision)):
-        logits = model(images)
-        loss = weighted_cross_entropy(
-            logits, _centre(classes, context), weights, reduction="weighted_mean"
-        )
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
+    processes = distributed.count()
+    with phase("loss"):
+        weights = pixel_weights(classes, cells, class_weight, config.w0, config.sigma)
+        weights = _centre(weights, context)
+        # the gradient that comes out is the mean over processes, where the sum is wanted
+        weights = weights * (processes / distributed.add_up(weights.sum()))
+    classes = _centre(classes, context)
+    losses = []
+    learner.optimizer.zero_grad(set_to_none=True)
+    size = images.shape[0] // config.accumulate
+    for first in range(0, images.shape[0], size):
+        part = slice(first, first + size)
+        with learner.gradients_stay(part.stop < images.shape[0]):
+            with autocast(images.device, autocast_dtype(images.device, config.precision)):
+                with phase("forward"):
+                    logits = learner.forward(
+                        images[part], distributed.rank() * images.shape[0] + first
+                    )
+                with phase("loss"):
+                    loss = weighted_cross_entropy(
+                        logits, classes[part], weights[part], reduction="sum"
+                    )
+            with phase("backward"):
+                learner.scaler.scale(loss).backward()
+        losses.append(loss.detach())
+    with phase("optimiser"):
+        learner.step()
+    return torch.stack(losses).sum() / processes
 
 
 def validate(
     model: UNet, sections: Sequence[Section], class_weight: Tensor, config: Config
 ) -> dict[str, float]:
-    """Mean weighted loss and pixel error over whole sections, without augmentation."""
+    """Mean weighted loss and pixel error over whole sections, shared among processes.
+
+    Args:
+        model: the network.
+        sections: at least one, the same in all processes.
+        class_weight: [K] float32, on the network's device.
+        config: how to train.
+    Returns: "val_loss" and "val_pixel_error", the same in all processes.
+    """
     device = class_weight.device
     dtype = autocast_dtype(device, config.precision)
-    losses, errors = [], []
-    for section in sections:
+    scores = []
+    for section in sections[distributed.rank() :: distributed.count()]:
         probability = torch.from_numpy(predict(model, section.image, autocast=dtype))
         classes = torch.from_numpy(section.classes.astype(np.int64))
         cells = torch.from_numpy(section.cells)
@@ -151,8 +153,8 @@ def validate(
         loss = weighted_cross_entropy(
             logits, classes[None], weights[None], reduction="weighted_mean"
         )
-        losses.append(float(loss))
-        errors.append(pixel_error(probability.argmax(0).numpy(), section.classes))
+        scores.append((float(loss), pixel_error(probability.argmax(0).numpy(), section.classes)))
+    losses, errors = zip(*distributed.gather(scores, len(sections)), strict=True)
     return {"val_loss": float(np.mean(losses)), "val_pixel_error": float(np.mean(errors))}
 
 
@@ -166,6 +168,7 @@ def fit(
     resume: bool = False,
     quiet: bool = False,
     tensorboard: bool = False,
+    profile: Path | None = None,
 ) -> Outcome:
     """Train ``model`` and keep its checkpoints, log and history in ``folder``.
 
@@ -173,131 +176,144 @@ def fit(
     the validation loss falls (without validation, with every ``last``), and ``log.jsonl``. SIGINT
     and SIGTERM end the run after the current step, with a checkpoint.
 
+    In a process group (``distributed.joined``) every process calls it with the same arguments; each
+    takes its share of every batch and of the validation, and the first one writes. The result is
+    that of one process up to rounding; with batch normalisation it is not, since each process
+    normalises its own tiles, as it does each part of an accumulated batch.
+
     Args:
         model: the network, on the device to train on.
         sections: the training set.
         config: how to train.
         folder: where the run lives; made if need be.
         validation: sections to validate on.
-        resume: continue from ``last.safetensors`` in ``folder``; the result is that of a run that
-            was never interrupted.
+        resume: continue from ``last.safetensors`` in ``folder``, with any number of processes; the
+            result is that of a run that was never interrupted.
         quiet: show no progress bar.
-        tensorboard: also write TensorBoard events to ``folder``/tensorboard.
-    Returns: the last step, the history and the signal that ended the run, if one did.
+        tensorboard: also write TensorBoard events to ``folder``/tensorboard, with a picture of the
+            first validation section's segmentation at each validation.
+        profile: folder for a trace of a few steps; the times of their phases come back.
+    Returns: how the run ended.
     Raises: ValueError if the folder holds a run and ``resume`` is not given, if a resumed run's
-        network or settings differ, if the tile does not fit the network, or if its output is no
-        logits of two classes or more; DivergedError, a ValueError, if the loss is not finite.
+        network or settings differ, if the tile does not fit the network, if the batch does not
+        divide among the processes, or if the network's output is no logits of two classes or more,
+        or if patience has no validation; DivergedError, a ValueError, if the loss is not finite;
+        ProcessLostError, an OSError, if another process has ended.
     """
     device = next(model.parameters()).device
+    mine = _check(model, config)
+    if config.patience is not None and not validation:
+        raise ValueError("train: patience must have validation sections to go by, got none")
+    margin = lost_pixels(model)
+    class_weight = class_weights(sections, model.n_classes, config.class_weight).to(device)
+    run = {"network": model.config, "run": settings(config), "data": _names(sections, validation)}
+    if not resume and (folder / LAST).exists():
+        raise ValueError(f"{folder} already holds a run: resume it or choose another folder")
+    learner = Learner(model, config)
+    rare = None
+    if config.rare_classes:
+        rare = RareClasses(sections, model.n_classes, config.rare_classes)
+    state: dict[str, Any] = {"step": 0, "best": None, "stale": 0}
+    if resume:
+        state |= learner.restore(folder / LAST, run)
+    writes = distributed.rank() == 0
+    if writes:
+        for leftover in folder.glob(".*.partial.*"):
+            leftover.unlink()
+
+    def save(name: str) -> None:
+        if writes:
+            learner.save(folder / name, {**state, "resumes": run})
+
+    model.train()
+    report = Report(
+        folder / LOG if writes else None,
+        config.steps,
+        step=state["step"],
+        quiet=quiet or not writes,
+        tensorboard=folder / "tensorboard" if tensorboard and writes else None,
+    )
+    with (
+        closing(learner),
+        report,
+        deterministic(config.deterministic),
+        _stop_signals() as received,
+        distributed.naming_the_lost(),
+        profiled(profile if writes else None) as profiler,
+    ):
+        while not (stopped_by := distributed.agreed(received, device)):
+            step = state["step"]
+            lost_patience = config.patience is not None and state["stale"] >= config.patience
+            if step >= config.steps or lost_patience:
+                break
+            generator = _seed(config.seed, step)
+            with phase("input"):
+                images, labels = sample_tiles(
+                    sections, config.tile, config.batch, margin, generator, part=mine, rare=rare
+                )
+                images, labels = augment(
+                    images.to(device),
+                    labels.to(device),
+                    config.augmentation,
+                    generator,
+                    batch=config.batch,
+                    part=mine,
+                )
+            for group in learner.optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            share = train_step(learner, images, labels, class_weight, config)
+            loss = float(distributed.add_up(share))
+            if not isfinite(loss):
+                raise DivergedError(
+                    f"train: the loss is {loss} at step {step + 1}: "
+                    f"lower the learning rate ({config.lr})"
+                )
+            if profiler is not None:
+                profiler.step()
+            state["step"] = step = step + 1
+            lr = learner.optimizer.param_groups[0]["lr"]
+            report.line(step, loss=loss, lr=lr)
+            report.advance(step, f"loss {_recent(report.history):.4f}, lr {lr:.2g}")
+            if step % config.validate_every == 0 or step == config.steps:
+                scores = {}
+                if validation:
+                    scores = validate(learner.result, validation, class_weight, config)
+                    report.line(step, **scores)
+                    if tensorboard and writes:
+                        report.picture(
+                            step, "segmentation", _picture(learner.result, validation[0])
+                        )
+                state["stale"] += 1
+                if not scores or state["best"] is None or scores["val_loss"] < state["best"]:
+                    state["best"], state["stale"] = scores.get("val_loss"), 0
+                    save(BEST)
+                save(LAST)
+        if stopped_by:
+            save(LAST)
+    return Outcome(
+        state["step"],
+        report.history,
+        stopped_by,
+        lost_patience=stopped_by is None and lost_patience,
+        time_ms=profiler.time_ms if profiler else {},
+        device_time_ms=profiler.device_time_ms if profiler else {},
+    )
+
+
+def _check(model: UNet, config: Config) -> slice:
+    """Raise unless ``model`` can be trained so; this process's share of a batch."""
     if model.n_classes < 2 or model.activation is not None:
         ends = f" and activation {model.activation}" if model.activation else ""
         raise ValueError(
             "train: the network must give logits of at least 2 classes, which the weighted "
             f"cross-entropy compares, got n_classes {model.n_classes}{ends}"
         )
-    if model.output_size(config.tile) != config.tile - 2 * _lost(model):
+    if model.output_size(config.tile) != config.tile - 2 * lost_pixels(model):
         raise ValueError(
             f"train: tile must fit the network, got {config.tile} pixels; the next that fits: "
             f"{model.fitting_size(config.tile)}"
         )
-    class_weight = class_weights(sections, model.n_classes, config.class_weight).to(device)
-    optimizer = _optimizer(model, config)
-    run = {"network": model.config, "run": asdict(config), "data": _names(sections, validation)}
-    state: dict[str, Any] = {"step": 0, "best": None}
-    if resume:
-        state = _restore(folder / LAST, model, optimizer, run)
-    elif (folder / LAST).exists():
-        raise ValueError(f"{folder} already holds a run: resume it or choose another folder")
-    for leftover in folder.glob(".*.partial.*"):
-        leftover.unlink()
-
-    def save(name: str) -> None:
-        save_checkpoint(folder / name, model, optimizer, {**state, "resumes": run})
-
-    model.train()
-    report = Report(
-        folder / LOG,
-        config.steps,
-        step=state["step"],
-        quiet=quiet,
-        tensorboard=folder / "tensorboard" if tensorboard else None,
-    )
-    stopped_by: int | None = None
-    with report, _stop_signals() as received:
-        while state["step"] < config.steps and not received:
-            step = state["step"]
-            generator = _seed(config.seed, step)
-            images, labels = sample_tiles(
-                sections, config.tile, config.batch, _lost(model), generator
-            )
-            images, labels = augment(
-                images.to(device), labels.to(device), config.augmentation, generator
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            loss = float(train_step(model, optimizer, images, labels, class_weight, config))
-            if not isfinite(loss):
-                raise DivergedError(
-                    f"train: the loss is {loss} at step {step + 1}: "
-                    f"lower the learning rate ({config.lr})"
-                )
-            state["step"] = step = step + 1
-            lr = optimizer.param_groups[0]["lr"]
-            report.line(step, loss=loss, lr=lr)
-            report.advance(step, f"loss {_recent(report.history):.4f}, lr {lr:.2g}")
-            if step % config.validate_every == 0 or step == config.steps:
-                scores = validate(model, validation, class_weight, config) if validation else {}
-                if scores:
-                    report.line(step, **scores)
-                if not scores or state["best"] is None or scores["val_loss"] < state["best"]:
-                    state["best"] = scores.get("val_loss")
-                    save(BEST)
-                save(LAST)
-        if received:
-            stopped_by = received[0]
-            save(LAST)
-    return Outcome(state["step"], report.history, stopped_by)
-
-
-def learning_rate(step: int, config: Config) -> float:
-    """The rate for the step after ``step`` steps."""
-    if config.schedule == "constant":
-        return config.lr
-    rise = max(1, config.steps // 10)
-    if step < rise:
-        return config.lr * (step + 1) / rise
-    return config.lr * 0.5 * (1 + cos(pi * (step - rise) / max(1, config.steps - rise)))
-
-
-def _optimizer(model: UNet, config: Config) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(
-            model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-
-
-def _restore(
-    path: Path, model: UNet, optimizer: torch.optim.Optimizer, run: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    """Load the checkpoint at ``path`` into both, if it belongs to the same ``run``."""
-    saved, tensors, state = load_checkpoint(path)
-    if "resumes" not in state:
-        raise CheckpointError(f"{path}: holds no run to resume")
-    for kind, old in state.pop("resumes").items():
-        changed = [key for key, value in run[kind].items() if old.get(key) != value]
-        if changed:
-            was = ", ".join(f"{key} {old.get(key)} (now {run[kind][key]})" for key in changed)
-            raise ValueError(f"{path}: the {kind} to resume had {was}")
-    model.load_state_dict(saved.state_dict())
-    restore_optimizer(optimizer, tensors)
-    return state
+    return distributed.share(config.batch, config.accumulate)
 
 
 def _names(sections: Sequence[Section], validation: Sequence[Section]) -> dict[str, Any]:
@@ -310,13 +326,23 @@ def _names(sections: Sequence[Section], validation: Sequence[Section]) -> dict[s
     }
 
 
+def _picture(model: UNet, section: Section) -> NDArray[np.uint8]:
+    """The middle of a section with what ``model`` makes of it, [H, W, 3]."""
+    from .figures import overlay
+
+    starts = (max(0, (n - PICTURE_PX) // 2) for n in section.classes.shape)
+    rows, columns = (slice(start, start + PICTURE_PX) for start in starts)
+    image = np.ascontiguousarray(section.image[:, rows, columns])
+    return overlay(image, predict(model, image, output="label"))
+
+
 def _centre(tensor: Tensor, margin: int) -> Tensor:
     """The last two axes without ``margin`` pixels on each side."""
     height, width = tensor.shape[-2:]
     return tensor[..., margin : height - margin, margin : width - margin]
 
 
-def _lost(model: UNet) -> int:
+def lost_pixels(model: UNet) -> int:
     """Pixels on each side of a tile that the network's output lacks."""
     return model.margin if model.padding == "valid" else 0
 

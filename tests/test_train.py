@@ -19,6 +19,7 @@ from fastunet import UNet, load_model, ops, weight_map
 from fastunet.augment import Augmentation, augment
 from fastunet.checkpoint import load_checkpoint
 from fastunet.data import load_sections
+from fastunet.learner import Learner
 from fastunet.report import read_log
 from fastunet.sampling import class_weights, pixel_weights, sample_tiles
 from fastunet.train import BEST, LAST, LOG, Config, DivergedError, fit, learning_rate, train_step
@@ -275,14 +276,14 @@ def test_fused_and_eager_networks_learn_alike(em_folder: Path) -> None:
     for module in (ops, ops.eager):
         torch.manual_seed(0)
         model = UNet(1, 2, widths=(8, 16, 32), ops=module)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+        learner = Learner(model, config)
         weight = class_weights(sections, 2, "balanced")
         losses.append([])
         for step in range(config.steps):
             generator = train_module._seed(0, step)
             images, labels = sample_tiles(sections, 108, 1, model.margin, generator)
             images, labels = augment(images, labels, config.augmentation, generator)
-            loss = train_step(model, optimizer, images, labels, weight, config)
+            loss = train_step(learner, images, labels, weight, config)
             losses[-1].append(float(loss))
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
     assert losses[0][-1] < losses[0][0]

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.table import Table
 
 from ..augment import Augmentation, Rotation
-from ..train import Config
+from ..config import Config
 from .common import (
     AsJson,
     Device,
@@ -17,6 +18,7 @@ from .common import (
     app,
     err,
     integers,
+    out,
     print_result,
 )
 
@@ -35,6 +37,10 @@ def train(
     val_sections: Annotated[
         str | None, typer.Option(help="Pages to validate on; without them best is last.")
     ] = None,
+    folds: Annotated[
+        int | None, typer.Option(help="Folds to split --train-sections into, one to validate on.")
+    ] = None,
+    fold: Annotated[int | None, typer.Option(help="Which of them that is, from 0.")] = None,
     label_kind: LabelKind = "auto",
     separate: Separate = 1,
     classes: Annotated[int, typer.Option(help="Classes, background included.")] = 2,
@@ -51,7 +57,10 @@ def train(
         Literal["paper", "release"], typer.Option(help="release is the authors' published one.")
     ] = "paper",
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = defaults.steps,
-    batch: Annotated[int, typer.Option(help="Tiles a step.")] = defaults.batch,
+    batch: Annotated[int, typer.Option(help="Tiles a step, of all processes.")] = defaults.batch,
+    accumulate: Annotated[
+        int, typer.Option(help="Parts to go through them in, to need less memory.")
+    ] = defaults.accumulate,
     tile: Annotated[int, typer.Option(help="Input tile, in pixels.")] = defaults.tile,
     optimizer: Annotated[
         Literal["sgd", "adamw"], typer.Option(help="sgd is the paper's.")
@@ -60,8 +69,22 @@ def train(
     momentum: Annotated[float, typer.Option(help="Of sgd.")] = defaults.momentum,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = defaults.weight_decay,
     schedule: Annotated[
-        Literal["one-cycle", "constant"], typer.Option(help="Of the learning rate.")
+        Literal["one-cycle", "constant", "cosine", "poly"],
+        typer.Option(help="Of the learning rate."),
     ] = defaults.schedule,
+    warmup: Annotated[
+        int | None,
+        typer.Option(help="Steps of rising learning rate; one-cycle: a tenth, others: none."),
+    ] = defaults.warmup,
+    clip_norm: Annotated[
+        float | None, typer.Option(help="Scale gradients down to this norm.")
+    ] = defaults.clip_norm,
+    ema: Annotated[
+        float | None, typer.Option(help="Decay of the weights' average, such as 0.999, to keep.")
+    ] = defaults.ema,
+    rare_classes: Annotated[
+        float, typer.Option(help="Probability of a tile around a pixel of a class drawn evenly.")
+    ] = defaults.rare_classes,
     w0: Annotated[float, typer.Option(help="Height of the border weights; 0: none.")] = defaults.w0,
     sigma: Annotated[
         float, typer.Option(help="Width of the border weights, in pixels.")
@@ -81,11 +104,22 @@ def train(
     validate_every: Annotated[
         int, typer.Option(help="Steps between validations and checkpoints.")
     ] = defaults.validate_every,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many validations without a lower loss.")
+    ] = defaults.patience,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = defaults.seed,
-    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = defaults.precision,
+    precision: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16 (with a scaled loss).")
+    ] = defaults.precision,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="PyTorch's deterministic algorithms alone.")
+    ] = False,
     device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write events too.")] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Folder for a trace of ten steps; their times are printed.")
+    ] = None,
     recompute: Annotated[
         bool,
         typer.Option("--recompute", help="Keep less for backward and compute it again: slower."),
@@ -96,25 +130,32 @@ def train(
     """Train a U-Net on images and labels."""
     import torch
 
+    from .. import distributed, sampling
     from ..data import load_sections
-    from ..devices import pick_device
     from ..train import BEST, fit
     from ..unet import UNet
 
     config = Config(
         steps=steps,
         batch=batch,
+        accumulate=accumulate,
         tile=tile,
         optimizer=optimizer,
         lr=lr,
         momentum=momentum,
         weight_decay=weight_decay,
         schedule=schedule,
+        warmup=warmup,
+        clip_norm=clip_norm,
+        ema=ema,
+        rare_classes=rare_classes,
         w0=w0,
         sigma=sigma,
         class_weight=class_weight,
         precision=precision,
         validate_every=validate_every,
+        patience=patience,
+        deterministic=deterministic,
         seed=seed,
         augmentation=Augmentation(
             elastic_px=elastic,
@@ -124,7 +165,9 @@ def train(
             brightness=brightness,
         ),
     )
-    target = pick_device(device)
+
+    if (folds is None) != (fold is None) or (folds is not None and val_sections):
+        raise ValueError("--folds and --fold go together, and without --val-sections")
 
     def load(chosen: str | None) -> Any:
         return load_sections(
@@ -136,36 +179,65 @@ def train(
             separate=separate,
         )
 
-    training = load(train_sections)
-    validation = load(val_sections) if val_sections else []
-    torch.manual_seed(seed)
-    model = UNet(
-        training[0].image.shape[0],
-        classes,
-        widths=integers("--widths", widths),
-        padding=padding,
-        norm=None if norm == "none" else norm,
-        up=up,
-        dropout=dropout,
-        variant=variant,
-        recompute=recompute,
-    ).to(target)
-    outcome = fit(
-        model,
-        training,
-        config,
-        output,
-        validation=validation,
-        resume=resume,
-        quiet=quiet or as_json,
-        tensorboard=tensorboard,
-    )
+    with distributed.joined(device) as target:
+        writes = distributed.rank() == 0
+        training = load(train_sections)
+        validation = load(val_sections) if val_sections else []
+        if folds is not None and fold is not None:
+            training, validation = sampling.fold(training, folds, fold)
+        torch.manual_seed(seed)
+        model = UNet(
+            training[0].image.shape[0],
+            classes,
+            widths=integers("--widths", widths),
+            padding=padding,
+            norm=None if norm == "none" else norm,
+            up=up,
+            dropout=dropout,
+            variant=variant,
+            recompute=recompute,
+        ).to(target)
+        outcome = fit(
+            model,
+            training,
+            config,
+            output,
+            validation=validation,
+            resume=resume,
+            quiet=quiet or as_json,
+            tensorboard=tensorboard,
+            profile=profile,
+        )
     if outcome.stopped_by is not None:
-        err.print(f"stopped at step {outcome.step}; continue with the same command and --resume")
+        if writes:
+            err.print(
+                f"stopped at step {outcome.step}; continue with the same command and --resume"
+            )
         raise typer.Exit(128 + outcome.stopped_by)
-    picture = _curve(output / "curve.png", outcome.history)
-    summary = {"steps": outcome.step, "checkpoint": str(output / BEST), "curve": picture}
+    if not writes:
+        return
+    early = f"the validation loss has not fallen for {patience} validations"
+    summary: dict[str, Any] = {
+        "steps": outcome.step,
+        "stopped early": early if outcome.lost_patience else None,
+        "checkpoint": str(output / BEST),
+        "curve": _curve(output / "curve.png", outcome.history),
+    }
+    if as_json and profile:
+        summary |= {"time_ms": outcome.time_ms, "device_time_ms": outcome.device_time_ms}
+    elif profile:
+        _print_profile(outcome.time_ms, outcome.device_time_ms)
     print_result(summary, as_json)
+
+
+def _print_profile(time_ms: dict[str, float], device_time_ms: dict[str, float]) -> None:
+    """The phases of a step: time and share, on a GPU also that of the kernels."""
+    on_gpu = any(device_time_ms.values())
+    table = Table("phase of a step", "ms", "share", *(["ms on the GPU"] if on_gpu else []))
+    for name, time in time_ms.items():
+        share = f"{time / sum(time_ms.values()):.1%}"
+        table.add_row(name, f"{time:.2f}", share, *([f"{device_time_ms[name]:.2f}"] * on_gpu))
+    out.print(table)
 
 
 def _curve(path: Path, history: list[dict[str, Any]]) -> str | None:
