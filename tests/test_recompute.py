@@ -1,10 +1,12 @@
 """Recomputed activations: less is kept for backward, and the result stays."""
 
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import profile
 
 import fastunet
 from fastunet import UNet
@@ -51,6 +53,35 @@ def test_keeps_what_goes_between_the_levels(ops: Any, norm: Any) -> None:
         between += 4 * (width * pixels // 4) * (copies - 1)
     assert little <= between < everything
     assert little < 0.6 * everything
+
+
+def peak_bytes(ops: Any, dtype: torch.dtype) -> int:
+    """The most that PyTorch's allocator holds at once of what a training step takes."""
+    model = UNet(widths=(32, 64, 128, 256), dropout=0.0, ops=ops).train()
+    size = 220
+    x = torch.randn(2, 1, size, size).contiguous(memory_format=torch.channels_last)
+    side = size - 2 * model.margin
+    target, weight = torch.zeros(2, side, side, dtype=torch.long), torch.ones(2, side, side)
+
+    def step() -> None:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = ops.weighted_cross_entropy(model(x), target, weight)
+        loss.backward()
+
+    step()
+    model.zero_grad()
+    with profile(profile_memory=True) as profiled:
+        step()
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(size for _, size in changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_training_step_takes_less_memory_than_eager(dtype: torch.dtype) -> None:
+    eager = peak_bytes(fastunet.ops.eager, dtype)
+    assert 30_000_000 < peak_bytes(fastunet.ops, dtype) < eager
 
 
 @pytest.mark.parametrize("options", [{}, {"norm": "batch"}, {"norm": "batch-after"}], ids=str)
