@@ -104,8 +104,17 @@ def test_evaluate(
     assert len(result["pages"]) == 2
     errors = [page["pixel_error"] for page in result["pages"].values()]
     assert result["mean"]["pixel_error"] == pytest.approx(np.mean(errors))
-    assert call(*arguments) == 0
-    assert "pixel error" in " ".join(capsys.readouterr().out.split())
+    assert result["mean"]["challenge"] is None
+    assert call(*arguments, "--challenge", "--json") == 0
+    challenge = json.loads(capsys.readouterr().out)["mean"]["challenge"]
+    curve = challenge["v_rand"]
+    best = challenge["maximal_v_rand"]
+    assert best["score"] == max(point["score"] for point in curve.values())
+    assert curve[str(best["threshold"])]["score"] == best["score"]
+    assert call(*arguments, "--challenge") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for name in ("pixel error", "V_Rand, borders", "SEG", "warping error", "maximal V_Info"):
+        assert name in printed
 
 
 def test_weight_map(data: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """``fastunet predict``, ``evaluate`` and ``weight-map``: from files and a checkpoint to results."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -20,6 +20,9 @@ from .common import (
     print_result,
     progress_bar,
 )
+
+if TYPE_CHECKING:
+    from ..metrics import Scores, SplitMerge
 
 
 @app.command()
@@ -90,6 +93,10 @@ def evaluate(
     smooth: Annotated[float, typer.Option(help="Smoothing before seeding, in pixels.")] = 2.0,
     tile: Annotated[int | None, typer.Option(help="Input tile, in pixels; as fits best.")] = None,
     precision: Precision = "float32",
+    challenge: Annotated[
+        bool,
+        typer.Option("--challenge", help="Also by the EM challenge: best threshold, warping."),
+    ] = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -129,37 +136,57 @@ def evaluate(
                 threshold=threshold,
                 seed_threshold=seed_threshold,
                 smooth_px=smooth,
+                challenge=challenge,
             )
     mean = summarise(list(pages.values()))
     if as_json:
         each = {name: page.to_dict() for name, page in pages.items()}
         print_result({"mean": mean.to_dict(), "pages": each}, as_json)
         return
-    table = Table("page", "pixel error", "Dice", "Rand error", "AP 0.5")
+    table = Table("page", "pixel error", "Dice", "Rand error", "V_Rand", "V_Info", "AP 0.5", "SEG")
     for name, page in pages.items():
         values = (
             page.pixel_error,
             page.dice[1],
             page.adapted_rand_error,
+            page.v_rand.score,
+            page.v_info.score,
             page.average_precision["0.50"],
+            page.segmentation_accuracy,
         )
         table.add_row(name, *(f"{value:.4f}" for value in values))
     out.print(table)
     out.print(f"mean of {len(pages)} pages, cells by {instances}")
-    print_result(
-        {
-            "pixel error": f"{mean.pixel_error:.4f}",
-            "IoU by class": ", ".join(f"{value:.4f}" for value in mean.iou),
-            "Dice by class": ", ".join(f"{value:.4f}" for value in mean.dice),
-            "adapted Rand error": f"{mean.adapted_rand_error:.4f}",
-            "variation of information": f"{mean.vi_split:.4f} split, {mean.vi_merge:.4f} merge",
-            "average precision": ", ".join(
-                f"{value:.3f} at {t}" for t, value in mean.average_precision.items() if t[-1] == "0"
-            ),
-            "cells": f"{mean.predicted_instances:.1f} found, {mean.true_instances:.1f} true",
-        },
-        as_json,
-    )
+    print_result(_rows(mean), as_json)
+
+
+def _rows(mean: "Scores") -> dict[str, str]:
+    """Mean scores by name, for a person."""
+    from ..metrics import maximal
+
+    def parts(score: "SplitMerge") -> str:
+        return f"{score.score:.4f} (split {score.split:.4f}, merge {score.merge:.4f})"
+
+    rows = {
+        "pixel error": f"{mean.pixel_error:.4f}",
+        "IoU by class": ", ".join(f"{value:.4f}" for value in mean.iou),
+        "Dice by class": ", ".join(f"{value:.4f}" for value in mean.dice),
+        "adapted Rand error": f"{mean.adapted_rand_error:.4f}",
+        "variation of information": f"{mean.vi_split:.4f} split, {mean.vi_merge:.4f} merge",
+        "V_Rand, borders thinned": parts(mean.v_rand),
+        "V_Info, borders thinned": parts(mean.v_info),
+        "average precision": ", ".join(
+            f"{value:.3f} at {t}" for t, value in mean.average_precision.items() if t[-1] == "0"
+        ),
+        "SEG": f"{mean.segmentation_accuracy:.4f}",
+        "cells": f"{mean.predicted_instances:.1f} found, {mean.true_instances:.1f} true",
+    }
+    if mean.challenge:
+        for name, curve in (("V_Rand", mean.challenge.v_rand), ("V_Info", mean.challenge.v_info)):
+            threshold, best = maximal(curve)
+            rows[f"maximal {name}"] = f"{parts(best)} at {threshold}"
+        rows["warping error"] = f"{mean.challenge.warping_error:.6f}"
+    return rows
 
 
 @app.command()
