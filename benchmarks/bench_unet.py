@@ -77,7 +77,9 @@ def _case(batch: int, size: int, dtype: torch.dtype, training: bool, setting: Se
     ) -> Sequence[Call]:
         if training:
             return train(model, sets, module.weighted_cross_entropy, precision)
-        return [predict(model, given["images"], precision) for given in sets]
+        # as the engines do, with weights that are converted before
+        model = model.to(precision)
+        return [predict(model, given["images"].to(precision)) for given in sets]
 
     def prepare(
         module: ModuleType, layout: str, transform: Callable[[Any], Any] = lambda model: model
@@ -143,12 +145,12 @@ def _case(batch: int, size: int, dtype: torch.dtype, training: bool, setting: Se
     )
 
 
-def predict(model: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype) -> Call:
+def predict(model: Callable[[Tensor], Tensor], images: Tensor) -> Call:
     """The logits."""
 
     def call() -> tuple[Tensor, ...]:
         # torch.compile freezes weights without gradients, but not in inference mode
-        with torch.no_grad(), _precision(images.device, dtype):
+        with torch.no_grad():
             return (model(images),)
 
     return call

@@ -72,14 +72,16 @@ Tensor new_output(cpu::ConvAmx& conv, const Tensor& like) {
   return y;
 }
 
-void run(cpu::ConvAmx& conv, const cpu::Weights& weights, const Tensor& like) {
+void run(cpu::ConvAmx& conv, const Tensor& like) {
   const int64_t images = like.size(0), threads = torch::stable::get_num_threads();
-  const Tensor packed = new_empty(like, {conv.packed_size()});
-  conv.packed = bits(packed);
-  parallel_for(0, 2 * conv.out_blocks(), 1, [&](int64_t begin, int64_t end) {
-    cpu::pack_weights(weights, conv, mutable_bits(packed), begin, end);
-  });
   const cpu::Tasks tasks(conv, images, threads);
+  const Tensor packed = new_empty(like, {tasks.pack_weights ? 0 : conv.packed_size()});
+  if (!tasks.pack_weights) {
+    parallel_for(0, 2 * conv.out_blocks(), 1, [&](int64_t begin, int64_t end) {
+      cpu::pack_weights(conv, begin, end, mutable_bits(packed) + begin * conv.packed_group());
+    });
+    conv.packed = bits(packed);
+  }
   parallel_for(0, images * tasks.bands * tasks.channel_parts, 1,
                [&](int64_t begin, int64_t end) { cpu::conv_amx(conv, tasks, begin, end); });
 }
@@ -111,7 +113,8 @@ std::tuple<Tensor, Tensor> conv_relu_amx(const Tensor& x, const std::optional<Te
   const Tensor pooled =
       pool ? new_empty(x, {x.size(0), height, width, conv.c_out}) : new_empty(x, {0});
   if (pooled.numel() > 0) conv.pooled = mutable_bits(pooled);
-  run(conv, {bits(weight), weight.stride(0), weight.stride(3), weight.stride(1)}, x);
+  conv.weights = {bits(weight), weight.stride(0), weight.stride(3), weight.stride(1)};
+  run(conv, x);
   return {y, pooled};
 }
 
@@ -131,9 +134,9 @@ Tensor conv_grad_amx(const Tensor& grad, const Tensor& weight, int64_t padding,
   const Tensor grad_x = new_output(conv, grad);
   set_mask(conv, mask, grad_x);
   // taps from the last to the first
-  run(conv,
-      {bits(weight) + 8 * weight.stride(3), weight.stride(1), -weight.stride(3), weight.stride(0)},
-      grad);
+  conv.weights = {bits(weight) + 8 * weight.stride(3), weight.stride(1), -weight.stride(3),
+                  weight.stride(0)};
+  run(conv, grad);
   return grad_x;
 }
 

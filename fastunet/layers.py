@@ -3,6 +3,7 @@
 from types import ModuleType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -105,3 +106,18 @@ class BilinearUp(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C_out, 2 H, 2 W]."""
         return F.interpolate(super().forward(x), scale_factor=2, mode="bilinear")
+
+
+def lowered(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The weights that autocast to ``dtype`` would convert in every call, converted once.
+
+    For ``torch.func.functional_call``, which uses them instead of the model's own. None of a
+    network with batch norm, whose weights are folded in float32.
+    """
+    if dtype is None or any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return {}
+    return {
+        name: value.to(dtype)
+        for name, value in model.named_parameters()
+        if value.dtype == torch.float32
+    }

@@ -23,7 +23,8 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import Config, settings
-from .unet import ConvPair, UNet
+from .layers import ConvPair
+from .unet import UNet
 
 
 class Learner:

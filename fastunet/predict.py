@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.func import functional_call
 
 from .augment import mirror
 from .devices import autocast as autocast_context
 from .files import replacing
+from .layers import lowered
 from .tiles import Axis, Span, plan_axis
 from .unet import UNet
 
@@ -168,12 +170,13 @@ def _fill(
     parameter = next(model.parameters())
     windows = product(*(axis.spans for axis in plan))
     with _evaluating(model), autocast_context(parameter.device, autocast):
+        weights = lowered(model, autocast)
         while some := list(islice(windows, batch)):
             tiles = np.stack([_read(page, window, plan, statistics) for window in some])
             x = torch.from_numpy(tiles).to(
                 parameter.device, parameter.dtype, memory_format=torch.channels_last
             )
-            values = finish(model(x).float()).cpu().numpy()
+            values = finish(functional_call(model, weights, x).float()).cpu().numpy()
             for value, (rows, columns) in zip(values, some, strict=True):
                 target[..., rows.first : rows.last, columns.first : columns.last] = value[
                     ..., _given(rows), _given(columns)

@@ -19,6 +19,7 @@ from torch import nn
 
 from fastunet import UNet, tiles
 from fastunet.data import standardise
+from fastunet.layers import lowered
 from fastunet.pages import open_pages
 from fastunet.predict import _create, predict, predict_pages
 from fastunet.tiles import plan_axis
@@ -239,6 +240,20 @@ def test_precision() -> None:
         assert other.dtype == np.float32
         # eight bits of mantissa through ten layers
         assert 0 < np.abs(other - p).max() < 0.1
+
+
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_weights_converted_once_are_those_of_autocast(
+    norm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, image = network(norm=norm), picture(2, 40, 40)
+    p = predict(model, image, autocast=torch.bfloat16)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    converted = lowered(model, torch.bfloat16)
+    assert len(converted) == (0 if norm else len(list(model.parameters())))
+    assert all(value.dtype == torch.bfloat16 for value in converted.values())
+    monkeypatch.setitem(MODULE, "lowered", lambda *_: {})
+    assert np.array_equal(predict(model, image, autocast=torch.bfloat16), p)
 
 
 def test_progress(tmp_path: Path) -> None:

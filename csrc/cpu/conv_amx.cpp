@@ -2,9 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
 
+#include "kept_memory.h"
 #include "vectorize.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && \
@@ -31,6 +30,8 @@ constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kLineBytes = 64;
 // of a band's copy: it and the weights of 32 output channels stay in the second cache
 constexpr int64_t kBandBytes = 768 << 10;
+// to pack weights once for each takes less than to write them to memory
+constexpr int64_t kFewBands = 2;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -46,8 +47,9 @@ Tasks::Tasks(const ConvAmx& conv, int64_t images, int64_t threads) {
   const int64_t row_bytes = kLineBytes * conv.in_blocks() * (conv.width + 2 * conv.padding);
   const int64_t fitting = std::max(kRows, kBandBytes / row_bytes - kHalo);
   int64_t wanted = ceil_div(conv.out_height(), fitting);
+  pack_weights = images * wanted <= kFewBands && conv.out_blocks() >= 4 * threads;
   // as many for each thread
-  while (images * wanted % threads != 0) ++wanted;
+  while (!pack_weights && images * wanted % threads != 0) ++wanted;
   band_rows = ceil_div(ceil_div(conv.out_height(), wanted), kRows) * kRows;
   bands = ceil_div(conv.out_height(), band_rows);
   channel_parts = std::min(conv.out_blocks(), ceil_div(threads, images * bands));
@@ -118,29 +120,20 @@ struct Band {
   Band(const ConvAmx& conv, int64_t rows)
       : blocks(conv.in_blocks()), row_bytes((conv.width + 2 * conv.padding) * kLineBytes) {
     block_bytes = (rows + kHalo) * row_bytes;
-    data = memory(blocks * block_bytes);
-  }
-
- private:
-  struct Delete {
-    void operator()(uint8_t* bytes) const {
-      ::operator delete(bytes, std::align_val_t(kLineBytes));
-    }
-  };
-
-  // Of this thread, kept for the next band.
-  static uint8_t* memory(int64_t bytes) {
-    thread_local std::unique_ptr<uint8_t, Delete> kept;
-    thread_local int64_t size = 0;
-    if (bytes > size) {
-      kept.reset();
-      size = 0;
-      kept.reset(static_cast<uint8_t*>(::operator new(bytes, std::align_val_t(kLineBytes))));
-      size = bytes;
-    }
-    return kept.get();
+    thread_local Kept kept;
+    data = kept.bytes(blocks * block_bytes);
   }
 };
+
+// The packed weights of output blocks [begin, end).
+const uint8_t* packed_weights(const ConvAmx& conv, int64_t begin, int64_t end) {
+  const int64_t block = 2 * conv.packed_group();
+  if (conv.packed != nullptr) return reinterpret_cast<const uint8_t*>(conv.packed + begin * block);
+  thread_local Kept kept;
+  uint8_t* const packed = kept.bytes((end - begin) * block * static_cast<int64_t>(sizeof(Bits16)));
+  pack_weights(conv, 2 * begin, 2 * end, reinterpret_cast<Bits16*>(packed));
+  return packed;
+}
 
 // Copies rows [first, first + rows) of the padded image.
 void fill(const ConvAmx& conv, int64_t image, int64_t first, int64_t rows, const Band& band) {
@@ -307,12 +300,13 @@ struct alignas(kLineBytes) TileConfig {
 FASTUNET_AMX void convolve(const ConvAmx& conv, const Band& band, int64_t image, int64_t first,
                            int64_t rows, int64_t begin, int64_t end) {
   alignas(kLineBytes) float sums[8 * 256];
-  const uint8_t* packed = reinterpret_cast<const uint8_t*>(conv.packed);
   const int64_t group_bytes = 2 * conv.packed_group();
   const int64_t width = conv.out_width(), whole = width / kPixels * kPixels;
   // with few input channels storing weighs more: whole lines of memory, and their neighbours
   const int64_t together = conv.in_blocks() <= 4 ? 2 : 1;
   for (int64_t some = begin; some < end; some += together) {
+    const int64_t last = std::min(some + together, end);
+    const uint8_t* const packed = packed_weights(conv, some, last);
     for (const bool strip : {false, true}) {
       const int64_t left = strip ? whole : 0, right = strip ? width : whole;
       const int64_t columns = strip ? width - whole : kPixels;
@@ -322,8 +316,8 @@ FASTUNET_AMX void convolve(const ConvAmx& conv, const Band& band, int64_t image,
       for (int64_t i = 0; i < rows; i += kRows) {
         for (int64_t j = left; j < right; j += kPixels) {
           const uint8_t* pixels = band.data + i * band.row_bytes + j * kLineBytes;
-          for (int64_t block = some; block < std::min(some + together, end); ++block) {
-            const uint8_t* weights = packed + 2 * block * group_bytes;
+          for (int64_t block = some; block < last; ++block) {
+            const uint8_t* weights = packed + 2 * (block - some) * group_bytes;
             multiply(band, pixels, weights, sums);
             multiply(band, pixels, weights + group_bytes, sums + 256);
             const int64_t channel = 32 * block;
@@ -354,19 +348,18 @@ bool has_amx() {
   return has;
 }
 
-void pack_weights(const Weights& weights, const ConvAmx& conv, Bits16* packed, int64_t begin,
-                  int64_t end) {
+void pack_weights(const ConvAmx& conv, int64_t begin, int64_t end, Bits16* packed) {
+  const Weights& weights = conv.weights;
   const int64_t taps = kTaps * kTaps, blocks = conv.in_blocks();
-  for (int64_t group = begin; group < end; ++group) {
+  for (int64_t group = begin; group < end; ++group, packed += conv.packed_group()) {
     const int64_t out = 16 * group;
     const int64_t c_out = std::clamp<int64_t>(conv.c_out - out, 0, 16);
-    Bits16* const to = packed + group * conv.packed_group();
     for (int64_t tap = 0; tap < taps; ++tap) {
       const Bits16* from = weights.data + out * weights.c_out_stride + tap * weights.tap_stride;
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t c_in = std::min<int64_t>(32, conv.c_in() - 32 * block);
         pack_tile(from + 32 * block * weights.c_in_stride, weights.c_out_stride,
-                  weights.c_in_stride, c_out, c_in, to + (block * taps + tap) * 512);
+                  weights.c_in_stride, c_out, c_in, packed + (block * taps + tap) * 512);
       }
     }
   }
@@ -391,7 +384,7 @@ void conv_amx(const ConvAmx& conv, const Tasks& tasks, int64_t begin, int64_t en
 #else
 
 bool has_amx() { return false; }
-void pack_weights(const Weights&, const ConvAmx&, Bits16*, int64_t, int64_t) {}
+void pack_weights(const ConvAmx&, int64_t, int64_t, Bits16*) {}
 void conv_amx(const ConvAmx&, const Tasks&, int64_t, int64_t) {}
 
 #endif

@@ -41,7 +41,8 @@ struct ConvAmx {
   int64_t padding;
   int64_t c_out;
 
-  const Bits16* packed;  // by pack_weights
+  Weights weights;
+  const Bits16* packed;  // all weights by pack_weights; or null, to pack those that come next
   const Bits16* bias;    // [c_out], or null
   bool relu;
   const Bits16* mask;  // shaped as y, which becomes 0 where this is not above 0; or null
@@ -59,21 +60,22 @@ struct ConvAmx {
 };
 
 // How the work of a convolution is shared out: by bands of rows, whose copy fits a core's cache,
-// and where these are few also by output channels.
+// and where these are few also by output channels. Then a weight is used by few tasks, each of
+// which packs it itself, in its cache.
 struct Tasks {
   int64_t band_rows;
   int64_t bands;          // of an image
   int64_t channel_parts;  // of a band
+  bool pack_weights;
 
   Tasks(const ConvAmx& conv, int64_t images, int64_t threads);
 };
 
 // Arranges groups [begin, end) of 16 output channels, of which there are two an output block.
-void pack_weights(const Weights& weights, const ConvAmx& conv, Bits16* packed, int64_t begin,
-                  int64_t end);
+void pack_weights(const ConvAmx& conv, int64_t begin, int64_t end, Bits16* packed);
 
 // Computes tasks [begin, end) of images x bands x channel parts. Each thread keeps memory for one
-// band, about 1 MiB, until it ends.
+// band and the weights it packs, about 2 MiB, until it ends.
 void conv_amx(const ConvAmx& conv, const Tasks& tasks, int64_t begin, int64_t end);
 
 }  // namespace fastunet::cpu

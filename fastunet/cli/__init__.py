@@ -1,5 +1,6 @@
 """The command line of fastunet: a module a group of commands, and how errors end."""
 
+import os
 import sys
 
 from . import apply, convert, tools, train  # each adds its commands to the application
@@ -9,6 +10,7 @@ from .common import app
 def main() -> None:
     """Run the command line: user errors end in one line and exit code 2, without a traceback."""
     from ..backends import keep_freed_memory
+    from ..distributed import ProcessLostError
 
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
@@ -24,6 +26,10 @@ def main() -> None:
         one_line = " ".join((usage() if usage else str(error)).split()) or type(error).__name__
         sys.stderr.write(f"fastunet: error: {one_line}\n")
         status = 2
+        if isinstance(error, ProcessLostError):
+            # threads of gloo that still wait for the other process abort an orderly exit
+            sys.stderr.flush()
+            os._exit(status)
     except KeyboardInterrupt:
         sys.stderr.write("fastunet: interrupted\n")
         status = 130

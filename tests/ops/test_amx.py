@@ -29,6 +29,9 @@ SHAPES = [
     # more blocks of channels than are computed together, several bands
     (1, 0, 160, 64, 70, 40, 1),
     (3, 5, 9, 70, 1, 1, 1),
+    # tasks pack their own weights, in one band and in two
+    (1, 0, 48, 250, 12, 19, 0),
+    (1, 0, 512, 256, 12, 66, 0),
 ]
 
 
