@@ -45,6 +45,7 @@ def predict(
     batch: int = 1,
     output: Output = "probability",
     autocast: torch.dtype | None = None,
+    tta: bool = False,
     progress: Progress | None = None,
 ) -> NDArray[Any]:
     """Segment one image.
@@ -61,6 +62,10 @@ def predict(
         batch: tiles that go through the network at once.
         output: "probability" or "label".
         autocast: dtype for ``torch.autocast``; None for the network's own.
+        tta: test-time augmentation, the mean probability over the eight orientations of each tile;
+            takes eight times as long. Tiles turn where they lie, so that tiled and whole results
+            stay equal; a turned image gives the turned result where its pooling grid is turned
+            onto itself, as that of any size that fits the network is.
         progress: called with the number of tiles done and of all tiles.
     Returns: softmax probabilities [K, H, W] float32, or the most probable class [H, W] uint8
         (uint16 for more than 256 classes). A network of one class, or with a sigmoid, gives each
@@ -78,7 +83,8 @@ def predict(
     result = np.empty((*leading, *page.shape[1:]), _dtype(model, output))
     advance = _counter(progress, _tiles(plan))
     finish = _finish(model, output)
-    _fill(model, page, result, plan, finish, batch=batch, autocast=autocast, advance=advance)
+    options: dict[str, Any] = {"batch": batch, "autocast": autocast, "tta": tta}
+    _fill(model, page, result, plan, finish, advance=advance, **options)
     return result
 
 
@@ -91,6 +97,7 @@ def predict_pages(
     tile: Tile = None,
     batch: int = 1,
     autocast: torch.dtype | None = None,
+    tta: bool = False,
     overlay: str | Path | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -110,6 +117,7 @@ def predict_pages(
         tile: as for ``predict``.
         batch: as for ``predict``.
         autocast: as for ``predict``.
+        tta: as for ``predict``.
         overlay: a .png file for a source of one page, else a folder that gets a picture of each
             page with its segmentation, "0000.png" on; long sides are thinned out to 2048 pixels.
         progress: called with the number of tiles done and of all tiles of all pages.
@@ -148,6 +156,7 @@ def predict_pages(
                 statistics=page_statistics(page, name=source.name(i)),
                 batch=batch,
                 autocast=autocast,
+                tta=tta,
                 advance=advance,
             )
             if picture is not None:
@@ -164,6 +173,7 @@ def _fill(
     statistics: tuple[NDArray[Any], NDArray[Any]] | None = None,
     batch: int,
     autocast: torch.dtype | None,
+    tta: bool,
     advance: Callable[[int], None],
 ) -> None:
     """Predict ``page`` [C, H, W] into ``target`` [..., H, W], a batch of windows at a time."""
@@ -171,13 +181,17 @@ def _fill(
     windows = product(*(axis.spans for axis in plan))
     with _evaluating(model), autocast_context(parameter.device, autocast):
         weights = lowered(model, autocast)
+
+        def network(x: Tensor) -> Tensor:
+            return _probability(model, functional_call(model, weights, x).float())
+
         while some := list(islice(windows, batch)):
             tiles = np.stack([_read(page, window, plan, statistics) for window in some])
             x = torch.from_numpy(tiles).to(
                 parameter.device, parameter.dtype, memory_format=torch.channels_last
             )
-            values = finish(functional_call(model, weights, x).float()).cpu().numpy()
-            for value, (rows, columns) in zip(values, some, strict=True):
+            given = finish(_turned_mean(network, x) if tta else network(x)).cpu().numpy()
+            for value, (rows, columns) in zip(given, some, strict=True):
                 target[..., rows.first : rows.last, columns.first : columns.last] = value[
                     ..., _given(rows), _given(columns)
                 ]
@@ -222,22 +236,33 @@ def _evaluating(model: UNet) -> Iterator[None]:
             module.training = training
 
 
+def _probability(model: UNet, y: Tensor) -> Tensor:
+    """What the network's output says of each class, [B, K, H, W]."""
+    if model.activation == "sigmoid":
+        return y
+    return y.sigmoid() if model.n_classes == 1 else y.softmax(1)
+
+
+def _turned_mean(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The mean of the network's results for ``x`` in eight orientations, turned back."""
+    total: Tensor | float = 0.0
+    for turns, flipped in product(range(4), (False, True)):
+        seen = (x.flip(-1) if flipped else x).rot90(turns, (-2, -1))
+        y = network(seen).rot90(-turns, (-2, -1))
+        total = total + (y.flip(-1) if flipped else y)
+    return torch.as_tensor(total / 8)
+
+
 def _finish(model: UNet, output: str) -> Callable[[Tensor], Tensor]:
-    """What becomes of the network's output [B, K, H, W]."""
-
-    def probability(y: Tensor) -> Tensor:
-        if model.activation == "sigmoid":
-            return y
-        return y.sigmoid() if model.n_classes == 1 else y.softmax(1)
-
+    """What becomes of probabilities [B, K, H, W]."""
     if output == "probability":
-        return probability
+        return lambda p: p
     if output == "foreground":
-        return lambda y: probability(y)[:, -1]
+        return lambda p: p[:, -1]
     if model.n_classes == 1:
-        return lambda y: (probability(y)[:, 0] > 0.5).to(torch.uint8)
+        return lambda p: (p[:, 0] > 0.5).to(torch.uint8)
     narrow = torch.uint8 if model.n_classes <= 256 else torch.int32
-    return lambda y: y.argmax(1).to(narrow)
+    return lambda p: p.argmax(1).to(narrow)
 
 
 def _dtype(model: UNet, output: Output) -> type[np.generic]:

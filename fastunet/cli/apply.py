@@ -24,6 +24,10 @@ from .common import (
 if TYPE_CHECKING:
     from ..metrics import Scores, SplitMerge
 
+Tta = Annotated[
+    bool, typer.Option("--tta", help="Mean over eight orientations of each tile: 8 times as long.")
+]
+
 
 @app.command()
 def predict(
@@ -40,6 +44,7 @@ def predict(
     ] = None,
     tile: Annotated[int | None, typer.Option(help="Input tile, in pixels; as fits best.")] = None,
     batch: Annotated[int, typer.Option(help="Tiles at once.")] = 1,
+    tta: Tta = False,
     precision: Precision = "float32",
     device: Device = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
@@ -64,6 +69,7 @@ def predict(
             tile=tile,
             batch=batch,
             autocast=autocast_dtype(target, precision),
+            tta=tta,
             overlay=overlay,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
@@ -92,6 +98,7 @@ def evaluate(
     seed_threshold: Annotated[float, typer.Option(help="Watershed seeds are above it.")] = 0.8,
     smooth: Annotated[float, typer.Option(help="Smoothing before seeding, in pixels.")] = 2.0,
     tile: Annotated[int | None, typer.Option(help="Input tile, in pixels; as fits best.")] = None,
+    tta: Tta = False,
     precision: Precision = "float32",
     challenge: Annotated[
         bool,
@@ -127,7 +134,7 @@ def evaluate(
     pages = {}
     with progress_bar(as_json) as progress:
         for section in progress.track(loaded, description="scoring"):
-            probability = predict(model, section.image, tile=tile, autocast=dtype)
+            probability = predict(model, section.image, tile=tile, autocast=dtype, tta=tta)
             pages[section.name] = score(
                 probability[0] if model.n_classes == 1 else probability,
                 section.classes,
