@@ -6,11 +6,11 @@ Memory is bounded by a batch of tiles; images and results may be mapped from fil
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import islice, product
 from pathlib import Path
-from shutil import disk_usage
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -29,12 +29,10 @@ if TYPE_CHECKING:
     from .pages import Page, PageSource
 
 Output = Literal["probability", "label"]
+PageOutput = Literal["probability", "label", "instances"]
 Tile = int | tuple[int, int] | None
 Progress = Callable[[int, int], None]
 Plan = tuple[Axis, Axis]
-
-# longer sides of an overlay are thinned out: it needs little memory and can be looked at
-OVERLAY_PX = 2048
 
 
 def predict(
@@ -75,7 +73,9 @@ def predict(
     Source: Ronneberger et al. 2015, figure 2.
     """
     page = _image(image)
-    _check(model, page.shape, "image", batch, output)
+    _check(model, page.shape, "image", batch)
+    if output not in get_args(Output):
+        raise ValueError(f"predict: output must be probability or label, got {output!r}")
     if not np.isfinite(page).all():
         raise ValueError("predict: image must be finite, got NaN or infinity")
     plan = _plan(model, page.shape, tile)
@@ -93,15 +93,18 @@ def predict_pages(
     source: "PageSource",
     path: str | Path,
     *,
-    output: Output = "probability",
+    output: PageOutput = "probability",
     tile: Tile = None,
     batch: int = 1,
     autocast: torch.dtype | None = None,
     tta: bool = False,
+    instances: Callable[[NDArray[np.float32]], NDArray[np.integer[Any]]] | None = None,
     overlay: str | Path | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Segment the pages of a file into a TIFF file, without holding a page in memory.
+
+    Processes that ``distributed.joined`` has joined deal out the pages.
 
     Each page is standardised by its own statistics. Pages of one size become one stack; pages of
     several sizes become one series each, in order. The file is not compressed, so that it can be
@@ -112,12 +115,15 @@ def predict_pages(
         source: pages, as ``open_pages`` gives them.
         path: the file to write, ending in .tif or .tiff.
         output: "probability": float32, for up to two classes that of the foreground, [N, H, W],
-            else [N, K, H, W]; or "label": the most probable class, [N, H, W] uint8 (uint16 for
-            more than 256 classes).
+            else [N, K, H, W]; "label": the most probable class, [N, H, W] uint8 (uint16 for
+            more than 256 classes); or "instances": the ids of cells, 0 for background, [N, H, W]
+            uint16, or uint32 where a page has more than 65535. These hold a page in memory.
         tile: as for ``predict``.
         batch: as for ``predict``.
         autocast: as for ``predict``.
         tta: as for ``predict``.
+        instances: makes the ids [H, W] of a page of its probabilities, [H, W] of the foreground for
+            up to two classes, else [K, H, W]; by default ``metrics.instances`` by watershed.
         overlay: a .png file for a source of one page, else a folder that gets a picture of each
             page with its segmentation, "0000.png" on; long sides are thinned out to 2048 pixels.
         progress: called with the number of tiles done and of all tiles of all pages.
@@ -125,42 +131,76 @@ def predict_pages(
         does not fit, a path or overlay that cannot be, a disk without the room.
     """
     # only files need more than torch
+    from . import distributed, results
     from .data import page_statistics
+    from .metrics import instances as watershed_instances
 
+    if output not in get_args(PageOutput):
+        raise ValueError(f"predict: output must be one of {get_args(PageOutput)}, got {output!r}")
     path = Path(path)
     shapes = [source.shape(i) for i in range(len(source))]
     for i, shape in enumerate(shapes):
-        _check(model, shape, source.name(i), batch, output)
+        _check(model, shape, source.name(i), batch)
         if source.file(i).resolve() == path.resolve():
             raise ValueError(f"predict: {path} is an input, give another name for the output")
     if path.suffix.lower() not in (".tif", ".tiff"):
         raise ValueError(f"predict: the output must end in .tif or .tiff, got {path}")
-    pictures = _pictures(overlay, len(shapes))
-    plans = [_plan(model, shape, tile) for shape in shapes]
-    leading = (model.n_classes,) if output == "probability" and model.n_classes > 2 else ()
-    advance = _counter(progress, sum(map(_tiles, plans)))
-    finish = _finish(model, "foreground" if output == "probability" and not leading else output)
-
-    with replacing(path) as temporary:
-        targets = _create(
-            temporary, [(*leading, *shape[1:]) for shape in shapes], _dtype(model, output)
+    if output == "instances" and model.n_classes > 1 and model.activation is not None:
+        raise ValueError(
+            "predict: instances need classes that exclude each other, got a network with a "
+            f"{model.activation} for each of {model.n_classes}"
         )
-        for i, (plan, target, picture) in enumerate(zip(plans, targets, pictures, strict=True)):
-            page = source.page(i)
-            _fill(
-                model,
-                page,
-                target,
-                plan,
-                finish,
-                statistics=page_statistics(page, name=source.name(i)),
-                batch=batch,
-                autocast=autocast,
-                tta=tta,
-                advance=advance,
-            )
-            if picture is not None:
-                _draw(picture, page, target, output)
+    pictures = results.pictures(overlay, len(shapes))
+    plans = [_plan(model, shape, tile) for shape in shapes]
+    mine = range(distributed.rank(), len(shapes), distributed.count())
+    advance = _counter(progress, sum(_tiles(plans[i]) for i in mine))
+    planes = (model.n_classes,) if output != "label" and model.n_classes > 2 else ()
+    finish = _finish(
+        model, "label" if output == "label" else "probability" if planes else "foreground"
+    )
+
+    def fill(i: int, target: NDArray[Any]) -> None:
+        page = source.page(i)
+        _fill(
+            model,
+            page,
+            target,
+            plans[i],
+            finish,
+            statistics=page_statistics(page, name=source.name(i)),
+            batch=batch,
+            autocast=autocast,
+            tta=tta,
+            advance=advance,
+        )
+
+    def segment(i: int) -> int:
+        """Write page ``i``; its highest id comes back."""
+        target, top = pages.page(i), 0
+        if output == "instances":
+            p = np.empty((*planes, *shapes[i][1:]), np.float32)
+            fill(i, p)
+            target[:] = ids = tell_apart(p)
+            top = int(ids.max())
+        else:
+            fill(i, target)
+        if (picture := pictures[i]) is not None:
+            results.draw(picture, source.page(i), target, output)
+        return top
+
+    tell_apart = instances or partial(watershed_instances, method="watershed")
+    leading = () if output == "instances" else planes
+    dtype = np.uint32 if output == "instances" else _dtype(model, output)
+    with ExitStack() as stack:
+
+        def create() -> results.TiffPages:
+            temporary = stack.enter_context(replacing(path))
+            return results.create(temporary, [(*leading, *shape[1:]) for shape in shapes], dtype)
+
+        pages = distributed.from_first(create)
+        top = max(distributed.dealt(segment, len(shapes)))
+        if output == "instances" and top <= np.iinfo(np.uint16).max and distributed.rank() == 0:
+            results.narrow(pages, np.uint16)
 
 
 def _fill(
@@ -265,7 +305,7 @@ def _finish(model: UNet, output: str) -> Callable[[Tensor], Tensor]:
     return lambda p: p.argmax(1).to(narrow)
 
 
-def _dtype(model: UNet, output: Output) -> type[np.generic]:
+def _dtype(model: UNet, output: str) -> type[np.generic]:
     if output == "probability":
         return np.float32
     return np.uint8 if model.n_classes <= 256 else np.uint16
@@ -307,7 +347,7 @@ def _image(image: object) -> NDArray[np.float32]:
     return array.astype(np.float32, copy=False)[(None,) * (3 - array.ndim)]
 
 
-def _check(model: UNet, shape: Sequence[int], name: str, batch: int, output: str) -> None:
+def _check(model: UNet, shape: Sequence[int], name: str, batch: int) -> None:
     if shape[0] != model.in_channels:
         raise ValueError(
             f"predict: {name} must have {model.in_channels} channels as the network takes, "
@@ -317,54 +357,3 @@ def _check(model: UNet, shape: Sequence[int], name: str, batch: int, output: str
         raise ValueError(f"predict: {name} must have pixels, got {list(shape)}")
     if batch < 1:
         raise ValueError(f"predict: batch must be >= 1, got {batch}")
-    if output not in ("probability", "label"):
-        raise ValueError(f"predict: output must be probability or label, got {output!r}")
-
-
-def _create(
-    path: Path, shapes: Sequence[tuple[int, ...]], dtype: type[np.generic]
-) -> Iterator[NDArray[Any]]:
-    """Yield each page of a new TIFF file, mapped for writing."""
-    import tifffile
-
-    needed = sum(int(np.prod(shape)) for shape in shapes) * np.dtype(dtype).itemsize
-    free = disk_usage(path.parent).free
-    # writing to a mapped file on a full disk kills the process
-    if needed > free:
-        raise ValueError(f"predict: {path.parent} must have {needed} bytes free, got {free}")
-    common: dict[str, Any] = {"dtype": dtype, "photometric": "minisblack"}
-    axes = "CYX" if len(shapes[0]) == 3 else "YX"
-    if len(set(shapes)) == 1:
-        shape = (len(shapes), *shapes[0])
-        stack = tifffile.memmap(path, shape=shape, metadata={"axes": f"Q{axes}"}, **common)
-        yield from stack
-        stack.flush()
-        return
-    # the first page decides whether offsets have 64 bits, as tifffile would of one stack
-    common["bigtiff"] = needed > 2**32 - 2**25
-    for i, shape in enumerate(shapes):
-        page = tifffile.memmap(path, shape=shape, metadata={"axes": axes}, append=i > 0, **common)
-        yield page
-        page.flush()
-
-
-def _pictures(overlay: str | Path | None, pages: int) -> list[Path | None]:
-    """Where the overlay of each page goes."""
-    if overlay is None:
-        return [None] * pages
-    overlay = Path(overlay)
-    if overlay.suffix.lower() != ".png":
-        return [overlay / f"{i:04d}.png" for i in range(pages)]
-    if pages != 1:
-        raise ValueError(f"predict: the overlay of {pages} pages must be a folder, got {overlay}")
-    return [overlay]
-
-
-def _draw(path: Path, page: "Page", result: NDArray[Any], output: Output) -> None:
-    from .figures import overlay, write_png
-
-    step = -(-max(page.shape[1:]) // OVERLAY_PX)
-    values = np.asarray(result[..., ::step, ::step])
-    if output == "probability":
-        values = values.argmax(0) if values.ndim == 3 else values > 0.5
-    write_png(path, overlay(np.asarray(page[:, ::step, ::step]), values))

@@ -78,7 +78,7 @@ def test_train_json(
     assert Path(result["curve"]).stat().st_size > 1000
 
 
-@pytest.mark.parametrize("kind", ["probability", "label"])
+@pytest.mark.parametrize("kind", ["probability", "label", "instances"])
 def test_predict(kind: str, data: tuple[Path, Path], run_folder: Path, tmp_path: Path) -> None:
     output, overlay = tmp_path / "out.tif", tmp_path / "overlays"
     assert call(
@@ -87,8 +87,9 @@ def test_predict(kind: str, data: tuple[Path, Path], run_folder: Path, tmp_path:
     ) == 0  # fmt: skip
     pages = tifffile.imread(output)
     assert pages.shape == (3, 96, 96)
-    assert pages.dtype == (np.float32 if kind == "probability" else np.uint8)
-    assert pages.max() <= 1
+    dtypes = {"probability": np.float32, "label": np.uint8, "instances": np.uint16}
+    assert pages.dtype == dtypes[kind]
+    assert kind == "instances" or pages.max() <= 1
     assert len(list(overlay.glob("*.png"))) == 3
 
 

@@ -2,7 +2,7 @@
 
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -100,13 +100,11 @@ def test_labels_and_pages(n_classes: int, tmp_path: Path) -> None:
     assert np.array_equal(labels, p.argmax(0) if n_classes > 1 else p[0] > 0.5)
     assert len(np.unique(labels)) > 1
     assert not np.array_equal(labels, predict(model, standardise(image), output="label"))
-    for output, expected in (("label", labels), ("probability", p.squeeze())):
+    outputs: tuple[tuple[Literal["label", "probability"], Array], ...] = (
+        ("label", labels),
+        ("probability", p.squeeze()),
+    )
+    for output, expected in outputs:
         path = tmp_path / f"{output}.tif"
-        predict_pages(
-            model,
-            open_pages(tmp_path / "in.tif"),
-            path,
-            output=output,
-            tta=True,  # type: ignore[arg-type]
-        )
+        predict_pages(model, open_pages(tmp_path / "in.tif"), path, output=output, tta=True)
         assert np.array_equal(tifffile.imread(path).squeeze(), expected)

@@ -1,10 +1,16 @@
 """The command line of fastunet: a module a group of commands, and how errors end."""
 
 import os
+import signal
 import sys
 
 from . import apply, convert, tools, train  # each adds its commands to the application
 from .common import app
+
+
+def _terminate(number: int, _: object) -> None:
+    """Leave as after Ctrl-C, so that no half-written file is left behind."""
+    sys.exit(128 + number)
 
 
 def main() -> None:
@@ -15,6 +21,9 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     keep_freed_memory()
+    # of several processes the first speaks for all, unless it is the one that is lost
+    first = os.environ.get("RANK", "0") == "0"
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         status = app(arguments, standalone_mode=False)
     except Exception as error:
@@ -24,15 +33,21 @@ def main() -> None:
         if debug or not (usage or isinstance(error, expected)):
             raise
         one_line = " ".join((usage() if usage else str(error)).split()) or type(error).__name__
-        sys.stderr.write(f"fastunet: error: {one_line}\n")
-        status = 2
+        speaks = first or isinstance(error, ProcessLostError)
+        if speaks:
+            sys.stderr.write(f"fastunet: error: {one_line}\n")
+        # torchrun ends the others as soon as one fails: none shall before the first has spoken
+        status = 2 if speaks else 0
         if isinstance(error, ProcessLostError):
             # threads of gloo that still wait for the other process abort an orderly exit
             sys.stderr.flush()
             os._exit(status)
     except KeyboardInterrupt:
-        sys.stderr.write("fastunet: interrupted\n")
+        if first:
+            sys.stderr.write("fastunet: interrupted\n")
         status = 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(status)
 
 

@@ -1,7 +1,7 @@
 """Cells: how they are told apart, and scores of each and of their pairs of pixels."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,40 +17,56 @@ AP_THRESHOLDS = tuple(percent / 100 for percent in range(50, 95, 5))
 
 
 def instances(
-    foreground_probability: ArrayLike,
+    probability: ArrayLike,
     *,
     method: InstanceMethod = "components",
     threshold: float = 0.5,
     seed_threshold: float = 0.8,
     smooth_px: float = 2.0,
+    border_class: int | None = None,
 ) -> NDArray[np.int32]:
     """Number the cells of a page.
 
     "components": the 4-connected components of p > threshold. One leaking pixel joins two cells.
     "watershed": seeds are the components of p, smoothed by a Gaussian, above ``seed_threshold``;
-    they flood -p inside p > threshold, so that cells part where p is lowest between them.
+    they flood -p inside p > threshold, so that cells part where p is lowest between them. Where a
+    class of its own is the border between cells, it counts as inside, and seeds and floods are of
+    the probability of a cell minus that of a border.
 
     Args:
-        foreground_probability: [H, W] float, the probability that a pixel is inside a cell.
+        probability: [H, W] float, that a pixel is inside a cell, or [K, H, W] of each class, of
+            which 0 is the background.
         method: "components" or "watershed".
         threshold: pixels at or below it are background.
         seed_threshold: of the watershed's seeds; higher parts more cells and drops faint ones.
         smooth_px: standard deviation of the Gaussian before seeding, in pixels.
+        border_class: the class of borders between cells, for the watershed.
     Returns: [H, W] int32; 0 is background, k > 0 the k-th cell.
-    Raises: ValueError if the page is not 2-d, holds values outside [0, 1] or NaN, or the method
-        is unknown.
+    Raises: ValueError if the page has other axes, holds values outside [0, 1] or NaN, the method is
+        unknown, or there is no such border class or it is not for the watershed.
     Source: the watershed is scikit-image's.
     """
-    p = as_probability("instances", foreground_probability)
-    if p.ndim != 2:
-        raise ValueError(f"instances: probability must be [H, W], got {list(p.shape)}")
-    inside = p > threshold
+    p = as_probability("instances", probability)
+    if p.ndim not in (2, 3) or 0 in p.shape[:-2]:
+        raise ValueError(f"instances: probability must be [H, W] or [K, H, W], got {list(p.shape)}")
+    foreground = p if p.ndim == 2 else p[0] if len(p) == 1 else 1 - p[0]
+    if method not in get_args(InstanceMethod):
+        raise ValueError(f"instances: method must be components or watershed, got {method!r}")
+    core = foreground
+    if border_class is not None:
+        classes = len(p) if p.ndim == 3 else 2
+        if method != "watershed" or classes < 3 or not 0 < border_class < classes:
+            raise ValueError(
+                "instances: border_class must be of three classes or more, above 0, and for the "
+                f"watershed, got {border_class} of {classes} for {method}"
+            )
+        # the foreground is cell and border
+        core = foreground - 2 * p[border_class]
+    inside = foreground > threshold
     if method == "components":
         return ndimage.label(inside)[0]
-    if method != "watershed":
-        raise ValueError(f"instances: method must be components or watershed, got {method!r}")
-    seeds = ndimage.label((ndimage.gaussian_filter(p, smooth_px) > seed_threshold) & inside)[0]
-    return watershed(-p, seeds, mask=inside)
+    seeds = ndimage.label((ndimage.gaussian_filter(core, smooth_px) > seed_threshold) & inside)[0]
+    return watershed(-core, seeds, mask=inside)
 
 
 def adapted_rand_error(predicted_instances: ArrayLike, true_instances: ArrayLike) -> float:
