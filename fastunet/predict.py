@@ -128,7 +128,8 @@ def predict_pages(
             page with its segmentation, "0000.png" on; long sides are thinned out to 2048 pixels.
         progress: called with the number of tiles done and of all tiles of all pages.
     Raises: ValueError, naming the page, for another number of channels or NaN; and for a tile that
-        does not fit, a path or overlay that cannot be, a disk without the room.
+        does not fit, a path or overlay that cannot be, a disk without the room; OSError, naming
+        the file, if the disk refuses.
     """
     # only files need more than torch
     from . import distributed, results
@@ -194,13 +195,24 @@ def predict_pages(
     with ExitStack() as stack:
 
         def create() -> results.TiffPages:
-            temporary = stack.enter_context(replacing(path))
-            return results.create(temporary, [(*leading, *shape[1:]) for shape in shapes], dtype)
+            sizes = [(*leading, *shape[1:]) for shape in shapes]
+            with _naming(path):
+                return results.create(stack.enter_context(replacing(path)), sizes, dtype)
 
         pages = distributed.from_first(create)
         top = max(distributed.dealt(segment, len(shapes)))
         if output == "instances" and top <= np.iinfo(np.uint16).max and distributed.rank() == 0:
-            results.narrow(pages, np.uint16)
+            with _naming(path):
+                results.narrow(pages, np.uint16)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file that is written, not the temporary one, where the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _fill(

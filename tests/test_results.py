@@ -65,7 +65,7 @@ def see_through(gain: float, least: float) -> UNet:
         first.weight[0, 0, 1, 1], first.weight[1, 0, 1, 1] = 1, -1
         second.weight[0, 0, 1, 1], second.weight[1, 1, 1, 1] = 1, 1
         model.head.weight[1, :, 0, 0] = torch.tensor([gain, -gain])
-        model.head.bias[1] = -gain * least
+        model.head.bias = torch.nn.Parameter(torch.tensor([0, -gain * least]))
     return model.eval()
 
 
