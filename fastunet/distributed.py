@@ -6,9 +6,9 @@ DistributedDataParallel then adds up their gradients, by gloo on the CPU and by 
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -103,8 +103,47 @@ def gather(mine: Sequence[T], total: int) -> list[T]:
     return [lists[i % count()][i // count()] for i in range(total)]
 
 
+def agree(work: Callable[[], T]) -> T:
+    """``work()`` in each process; an error in any of them ends all.
+
+    The first process raises it, so that it is told once; the others leave in silence.
+    """
+    if count() == 1:
+        return work()
+    result, mine = None, None
+    try:
+        result = work()
+    except Exception as error:
+        mine = error
+    errors: list[Exception | None] = [None] * count()
+    dist.all_gather_object(errors, mine)
+    first = next((error for error in errors if error is not None), None)
+    if first is None:
+        return cast("T", result)
+    if rank() > 0:
+        raise SystemExit(0)
+    raise first from mine
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What ``work()`` gives in the first process, told to all; an error in it ends all."""
+    result = agree(lambda: work() if rank() == 0 else None)
+    told = [result]
+    if count() > 1:
+        dist.broadcast_object_list(told, 0)
+    return cast("T", told[0])
+
+
+def dealt(work: Callable[[int], T], total: int) -> list[T]:
+    """``work(i)`` for each i below ``total``, dealt out; all results in order, in each process."""
+    mine = agree(lambda: [work(i) for i in range(rank(), total, count())])
+    return gather(mine, total)
+
+
 @contextmanager
-def naming_the_lost() -> Iterator[None]:
+def naming_the_lost(
+    command: str = "train", advice: str = "continue from the last checkpoint with --resume"
+) -> Iterator[None]:
     """Raise ProcessLostError where a collective failed because a process had ended."""
     try:
         yield
@@ -112,8 +151,7 @@ def naming_the_lost() -> Iterator[None]:
         if count() == 1 or not _LOST.search(str(error)):
             raise
         raise ProcessLostError(
-            f"train: another of the {count()} processes has ended; continue from the last "
-            "checkpoint with --resume"
+            f"{command}: another of the {count()} processes has ended; {advice}"
         ) from error
 
 

@@ -6,11 +6,11 @@ Memory is bounded by a batch of tiles; images and results may be mapped from fil
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import islice, product
 from pathlib import Path
-from shutil import disk_usage
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -29,12 +29,10 @@ if TYPE_CHECKING:
     from .pages import Page, PageSource
 
 Output = Literal["probability", "label"]
+PageOutput = Literal["probability", "label", "instances"]
 Tile = int | tuple[int, int] | None
 Progress = Callable[[int, int], None]
 Plan = tuple[Axis, Axis]
-
-# longer sides of an overlay are thinned out: it needs little memory and can be looked at
-OVERLAY_PX = 2048
 
 
 def predict(
@@ -45,6 +43,7 @@ def predict(
     batch: int = 1,
     output: Output = "probability",
     autocast: torch.dtype | None = None,
+    tta: bool = False,
     progress: Progress | None = None,
 ) -> NDArray[Any]:
     """Segment one image.
@@ -61,6 +60,10 @@ def predict(
         batch: tiles that go through the network at once.
         output: "probability" or "label".
         autocast: dtype for ``torch.autocast``; None for the network's own.
+        tta: test-time augmentation, the mean probability over the eight orientations of each tile;
+            takes eight times as long. Tiles turn where they lie, so that tiled and whole results
+            stay equal; a turned image gives the turned result where its pooling grid is turned
+            onto itself, as that of any size that fits the network is.
         progress: called with the number of tiles done and of all tiles.
     Returns: softmax probabilities [K, H, W] float32, or the most probable class [H, W] uint8
         (uint16 for more than 256 classes). A network of one class, or with a sigmoid, gives each
@@ -70,7 +73,9 @@ def predict(
     Source: Ronneberger et al. 2015, figure 2.
     """
     page = _image(image)
-    _check(model, page.shape, "image", batch, output)
+    _check(model, page.shape, "image", batch)
+    if output not in get_args(Output):
+        raise ValueError(f"predict: output must be probability or label, got {output!r}")
     if not np.isfinite(page).all():
         raise ValueError("predict: image must be finite, got NaN or infinity")
     plan = _plan(model, page.shape, tile)
@@ -78,7 +83,8 @@ def predict(
     result = np.empty((*leading, *page.shape[1:]), _dtype(model, output))
     advance = _counter(progress, _tiles(plan))
     finish = _finish(model, output)
-    _fill(model, page, result, plan, finish, batch=batch, autocast=autocast, advance=advance)
+    options: dict[str, Any] = {"batch": batch, "autocast": autocast, "tta": tta}
+    _fill(model, page, result, plan, finish, advance=advance, **options)
     return result
 
 
@@ -87,14 +93,18 @@ def predict_pages(
     source: "PageSource",
     path: str | Path,
     *,
-    output: Output = "probability",
+    output: PageOutput = "probability",
     tile: Tile = None,
     batch: int = 1,
     autocast: torch.dtype | None = None,
+    tta: bool = False,
+    instances: Callable[[NDArray[np.float32]], NDArray[np.integer[Any]]] | None = None,
     overlay: str | Path | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Segment the pages of a file into a TIFF file, without holding a page in memory.
+
+    Processes that ``distributed.joined`` has joined deal out the pages.
 
     Each page is standardised by its own statistics. Pages of one size become one stack; pages of
     several sizes become one series each, in order. The file is not compressed, so that it can be
@@ -105,53 +115,104 @@ def predict_pages(
         source: pages, as ``open_pages`` gives them.
         path: the file to write, ending in .tif or .tiff.
         output: "probability": float32, for up to two classes that of the foreground, [N, H, W],
-            else [N, K, H, W]; or "label": the most probable class, [N, H, W] uint8 (uint16 for
-            more than 256 classes).
+            else [N, K, H, W]; "label": the most probable class, [N, H, W] uint8 (uint16 for
+            more than 256 classes); or "instances": the ids of cells, 0 for background, [N, H, W]
+            uint16, or uint32 where a page has more than 65535. These hold a page in memory.
         tile: as for ``predict``.
         batch: as for ``predict``.
         autocast: as for ``predict``.
+        tta: as for ``predict``.
+        instances: makes the ids [H, W] of a page of its probabilities, [H, W] of the foreground for
+            up to two classes, else [K, H, W]; by default ``metrics.instances`` by watershed.
         overlay: a .png file for a source of one page, else a folder that gets a picture of each
             page with its segmentation, "0000.png" on; long sides are thinned out to 2048 pixels.
         progress: called with the number of tiles done and of all tiles of all pages.
     Raises: ValueError, naming the page, for another number of channels or NaN; and for a tile that
-        does not fit, a path or overlay that cannot be, a disk without the room.
+        does not fit, a path or overlay that cannot be, a disk without the room; OSError, naming
+        the file, if the disk refuses.
     """
     # only files need more than torch
+    from . import distributed, results
     from .data import page_statistics
+    from .metrics import instances as watershed_instances
 
+    if output not in get_args(PageOutput):
+        raise ValueError(f"predict: output must be one of {get_args(PageOutput)}, got {output!r}")
     path = Path(path)
     shapes = [source.shape(i) for i in range(len(source))]
     for i, shape in enumerate(shapes):
-        _check(model, shape, source.name(i), batch, output)
+        _check(model, shape, source.name(i), batch)
         if source.file(i).resolve() == path.resolve():
             raise ValueError(f"predict: {path} is an input, give another name for the output")
     if path.suffix.lower() not in (".tif", ".tiff"):
         raise ValueError(f"predict: the output must end in .tif or .tiff, got {path}")
-    pictures = _pictures(overlay, len(shapes))
-    plans = [_plan(model, shape, tile) for shape in shapes]
-    leading = (model.n_classes,) if output == "probability" and model.n_classes > 2 else ()
-    advance = _counter(progress, sum(map(_tiles, plans)))
-    finish = _finish(model, "foreground" if output == "probability" and not leading else output)
-
-    with replacing(path) as temporary:
-        targets = _create(
-            temporary, [(*leading, *shape[1:]) for shape in shapes], _dtype(model, output)
+    if output == "instances" and model.n_classes > 1 and model.activation is not None:
+        raise ValueError(
+            "predict: instances need classes that exclude each other, got a network with a "
+            f"{model.activation} for each of {model.n_classes}"
         )
-        for i, (plan, target, picture) in enumerate(zip(plans, targets, pictures, strict=True)):
-            page = source.page(i)
-            _fill(
-                model,
-                page,
-                target,
-                plan,
-                finish,
-                statistics=page_statistics(page, name=source.name(i)),
-                batch=batch,
-                autocast=autocast,
-                advance=advance,
-            )
-            if picture is not None:
-                _draw(picture, page, target, output)
+    pictures = results.pictures(overlay, len(shapes))
+    plans = [_plan(model, shape, tile) for shape in shapes]
+    mine = range(distributed.rank(), len(shapes), distributed.count())
+    advance = _counter(progress, sum(_tiles(plans[i]) for i in mine))
+    planes = (model.n_classes,) if output != "label" and model.n_classes > 2 else ()
+    finish = _finish(
+        model, "label" if output == "label" else "probability" if planes else "foreground"
+    )
+
+    def fill(i: int, target: NDArray[Any]) -> None:
+        page = source.page(i)
+        _fill(
+            model,
+            page,
+            target,
+            plans[i],
+            finish,
+            statistics=page_statistics(page, name=source.name(i)),
+            batch=batch,
+            autocast=autocast,
+            tta=tta,
+            advance=advance,
+        )
+
+    def segment(i: int) -> int:
+        """Write page ``i``; its highest id comes back."""
+        target, top = pages.page(i), 0
+        if output == "instances":
+            p = np.empty((*planes, *shapes[i][1:]), np.float32)
+            fill(i, p)
+            target[:] = ids = tell_apart(p)
+            top = int(ids.max())
+        else:
+            fill(i, target)
+        if (picture := pictures[i]) is not None:
+            results.draw(picture, source.page(i), target, output)
+        return top
+
+    tell_apart = instances or partial(watershed_instances, method="watershed")
+    leading = () if output == "instances" else planes
+    dtype = np.uint32 if output == "instances" else _dtype(model, output)
+    with ExitStack() as stack:
+
+        def create() -> results.TiffPages:
+            sizes = [(*leading, *shape[1:]) for shape in shapes]
+            with _naming(path):
+                return results.create(stack.enter_context(replacing(path)), sizes, dtype)
+
+        pages = distributed.from_first(create)
+        top = max(distributed.dealt(segment, len(shapes)))
+        if output == "instances" and top <= np.iinfo(np.uint16).max and distributed.rank() == 0:
+            with _naming(path):
+                results.narrow(pages, np.uint16)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file that is written, not the temporary one, where the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _fill(
@@ -164,6 +225,7 @@ def _fill(
     statistics: tuple[NDArray[Any], NDArray[Any]] | None = None,
     batch: int,
     autocast: torch.dtype | None,
+    tta: bool,
     advance: Callable[[int], None],
 ) -> None:
     """Predict ``page`` [C, H, W] into ``target`` [..., H, W], a batch of windows at a time."""
@@ -171,13 +233,17 @@ def _fill(
     windows = product(*(axis.spans for axis in plan))
     with _evaluating(model), autocast_context(parameter.device, autocast):
         weights = lowered(model, autocast)
+
+        def network(x: Tensor) -> Tensor:
+            return _probability(model, functional_call(model, weights, x).float())
+
         while some := list(islice(windows, batch)):
             tiles = np.stack([_read(page, window, plan, statistics) for window in some])
             x = torch.from_numpy(tiles).to(
                 parameter.device, parameter.dtype, memory_format=torch.channels_last
             )
-            values = finish(functional_call(model, weights, x).float()).cpu().numpy()
-            for value, (rows, columns) in zip(values, some, strict=True):
+            given = finish(_turned_mean(network, x) if tta else network(x)).cpu().numpy()
+            for value, (rows, columns) in zip(given, some, strict=True):
                 target[..., rows.first : rows.last, columns.first : columns.last] = value[
                     ..., _given(rows), _given(columns)
                 ]
@@ -222,25 +288,36 @@ def _evaluating(model: UNet) -> Iterator[None]:
             module.training = training
 
 
+def _probability(model: UNet, y: Tensor) -> Tensor:
+    """What the network's output says of each class, [B, K, H, W]."""
+    if model.activation == "sigmoid":
+        return y
+    return y.sigmoid() if model.n_classes == 1 else y.softmax(1)
+
+
+def _turned_mean(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The mean of the network's results for ``x`` in eight orientations, turned back."""
+    total: Tensor | float = 0.0
+    for turns, flipped in product(range(4), (False, True)):
+        seen = (x.flip(-1) if flipped else x).rot90(turns, (-2, -1))
+        y = network(seen).rot90(-turns, (-2, -1))
+        total = total + (y.flip(-1) if flipped else y)
+    return torch.as_tensor(total / 8)
+
+
 def _finish(model: UNet, output: str) -> Callable[[Tensor], Tensor]:
-    """What becomes of the network's output [B, K, H, W]."""
-
-    def probability(y: Tensor) -> Tensor:
-        if model.activation == "sigmoid":
-            return y
-        return y.sigmoid() if model.n_classes == 1 else y.softmax(1)
-
+    """What becomes of probabilities [B, K, H, W]."""
     if output == "probability":
-        return probability
+        return lambda p: p
     if output == "foreground":
-        return lambda y: probability(y)[:, -1]
+        return lambda p: p[:, -1]
     if model.n_classes == 1:
-        return lambda y: (probability(y)[:, 0] > 0.5).to(torch.uint8)
+        return lambda p: (p[:, 0] > 0.5).to(torch.uint8)
     narrow = torch.uint8 if model.n_classes <= 256 else torch.int32
-    return lambda y: y.argmax(1).to(narrow)
+    return lambda p: p.argmax(1).to(narrow)
 
 
-def _dtype(model: UNet, output: Output) -> type[np.generic]:
+def _dtype(model: UNet, output: str) -> type[np.generic]:
     if output == "probability":
         return np.float32
     return np.uint8 if model.n_classes <= 256 else np.uint16
@@ -282,7 +359,7 @@ def _image(image: object) -> NDArray[np.float32]:
     return array.astype(np.float32, copy=False)[(None,) * (3 - array.ndim)]
 
 
-def _check(model: UNet, shape: Sequence[int], name: str, batch: int, output: str) -> None:
+def _check(model: UNet, shape: Sequence[int], name: str, batch: int) -> None:
     if shape[0] != model.in_channels:
         raise ValueError(
             f"predict: {name} must have {model.in_channels} channels as the network takes, "
@@ -292,54 +369,3 @@ def _check(model: UNet, shape: Sequence[int], name: str, batch: int, output: str
         raise ValueError(f"predict: {name} must have pixels, got {list(shape)}")
     if batch < 1:
         raise ValueError(f"predict: batch must be >= 1, got {batch}")
-    if output not in ("probability", "label"):
-        raise ValueError(f"predict: output must be probability or label, got {output!r}")
-
-
-def _create(
-    path: Path, shapes: Sequence[tuple[int, ...]], dtype: type[np.generic]
-) -> Iterator[NDArray[Any]]:
-    """Yield each page of a new TIFF file, mapped for writing."""
-    import tifffile
-
-    needed = sum(int(np.prod(shape)) for shape in shapes) * np.dtype(dtype).itemsize
-    free = disk_usage(path.parent).free
-    # writing to a mapped file on a full disk kills the process
-    if needed > free:
-        raise ValueError(f"predict: {path.parent} must have {needed} bytes free, got {free}")
-    common: dict[str, Any] = {"dtype": dtype, "photometric": "minisblack"}
-    axes = "CYX" if len(shapes[0]) == 3 else "YX"
-    if len(set(shapes)) == 1:
-        shape = (len(shapes), *shapes[0])
-        stack = tifffile.memmap(path, shape=shape, metadata={"axes": f"Q{axes}"}, **common)
-        yield from stack
-        stack.flush()
-        return
-    # the first page decides whether offsets have 64 bits, as tifffile would of one stack
-    common["bigtiff"] = needed > 2**32 - 2**25
-    for i, shape in enumerate(shapes):
-        page = tifffile.memmap(path, shape=shape, metadata={"axes": axes}, append=i > 0, **common)
-        yield page
-        page.flush()
-
-
-def _pictures(overlay: str | Path | None, pages: int) -> list[Path | None]:
-    """Where the overlay of each page goes."""
-    if overlay is None:
-        return [None] * pages
-    overlay = Path(overlay)
-    if overlay.suffix.lower() != ".png":
-        return [overlay / f"{i:04d}.png" for i in range(pages)]
-    if pages != 1:
-        raise ValueError(f"predict: the overlay of {pages} pages must be a folder, got {overlay}")
-    return [overlay]
-
-
-def _draw(path: Path, page: "Page", result: NDArray[Any], output: Output) -> None:
-    from .figures import overlay, write_png
-
-    step = -(-max(page.shape[1:]) // OVERLAY_PX)
-    values = np.asarray(result[..., ::step, ::step])
-    if output == "probability":
-        values = values.argmax(0) if values.ndim == 3 else values > 0.5
-    write_png(path, overlay(np.asarray(page[:, ::step, ::step]), values))

@@ -78,7 +78,7 @@ def test_train_json(
     assert Path(result["curve"]).stat().st_size > 1000
 
 
-@pytest.mark.parametrize("kind", ["probability", "label"])
+@pytest.mark.parametrize("kind", ["probability", "label", "instances"])
 def test_predict(kind: str, data: tuple[Path, Path], run_folder: Path, tmp_path: Path) -> None:
     output, overlay = tmp_path / "out.tif", tmp_path / "overlays"
     assert call(
@@ -87,8 +87,9 @@ def test_predict(kind: str, data: tuple[Path, Path], run_folder: Path, tmp_path:
     ) == 0  # fmt: skip
     pages = tifffile.imread(output)
     assert pages.shape == (3, 96, 96)
-    assert pages.dtype == (np.float32 if kind == "probability" else np.uint8)
-    assert pages.max() <= 1
+    dtypes = {"probability": np.float32, "label": np.uint8, "instances": np.uint16}
+    assert pages.dtype == dtypes[kind]
+    assert kind == "instances" or pages.max() <= 1
     assert len(list(overlay.glob("*.png"))) == 3
 
 
@@ -104,8 +105,17 @@ def test_evaluate(
     assert len(result["pages"]) == 2
     errors = [page["pixel_error"] for page in result["pages"].values()]
     assert result["mean"]["pixel_error"] == pytest.approx(np.mean(errors))
-    assert call(*arguments) == 0
-    assert "pixel error" in " ".join(capsys.readouterr().out.split())
+    assert result["mean"]["challenge"] is None
+    assert call(*arguments, "--challenge", "--json") == 0
+    challenge = json.loads(capsys.readouterr().out)["mean"]["challenge"]
+    curve = challenge["v_rand"]
+    best = challenge["maximal_v_rand"]
+    assert best["score"] == max(point["score"] for point in curve.values())
+    assert curve[str(best["threshold"])]["score"] == best["score"]
+    assert call(*arguments, "--challenge") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for name in ("pixel error", "V_Rand, borders", "SEG", "warping error", "maximal V_Info"):
+        assert name in printed
 
 
 def test_weight_map(data: tuple[Path, Path], tmp_path: Path) -> None:

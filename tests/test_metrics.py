@@ -247,7 +247,9 @@ REJECTED: dict[str, Callable[[], object]] = {
         HALF * np.nan
     ),
     r"instances: probability must be in \[0, 1\], got -4": lambda: metrics.instances(HALF * -8),
-    r"instances: probability must be \[H, W\], got \[4\]": lambda: metrics.instances(HALF[0]),
+    r"instances: probability must be .* or \[K, H, W\], got \[4\]": lambda: metrics.instances(
+        HALF[0]
+    ),
     "instances: method must be components or watershed, got 'x'": lambda: metrics.instances(
         HALF,
         method="x",  # type: ignore[arg-type]

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from fastunet import UNet, tiles
 from fastunet.data import standardise
 from fastunet.layers import lowered
 from fastunet.pages import open_pages
-from fastunet.predict import _create, predict, predict_pages
+from fastunet.predict import predict, predict_pages
 from fastunet.tiles import plan_axis
 
 KINDS: list[tuple[Any, Any]] = list(product(("valid", "same"), ("transpose", "bilinear")))
@@ -335,28 +334,6 @@ def test_interrupted_run_leaves_the_old_file(tmp_path: Path) -> None:
         )
     assert [file.name for file in path.parent.iterdir()] == ["p.tif"]
     assert path.read_bytes() == b"old"
-
-
-def test_large_results_are_bigtiff_and_sparse(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # nothing is written in advance, so the test needs no such disk
-    monkeypatch.setitem(MODULE, "disk_usage", lambda path: SimpleNamespace(free=2**40))
-    for shapes in ([(60000, 40000)], [(60000, 20000), (60000, 20001)]):
-        path = tmp_path / f"{len(shapes)}.tif"
-        pages = _create(path, shapes, np.uint16)
-        next(pages)[-1, -1] = 7
-        with path.open("rb") as file:
-            assert file.read(4) == b"II+\0"
-        assert path.stat().st_blocks * 512 < 2**20
-
-
-def test_a_full_disk_is_noticed_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pages_of(tmp_path / "in", [(1, 30, 50)])
-    monkeypatch.setitem(MODULE, "disk_usage", lambda path: SimpleNamespace(free=17999))
-    with pytest.raises(ValueError, match=r"must have 18000 bytes free, got 17999"):
-        predict_pages(network(in_channels=1), open_pages(tmp_path / "in"), tmp_path / "o.tif")
-    assert not (tmp_path / "o.tif").exists()
 
 
 ONE = np.zeros((300, 300), np.float32)

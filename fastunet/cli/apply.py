@@ -1,7 +1,8 @@
 """``fastunet predict``, ``evaluate`` and ``weight-map``: from files and a checkpoint to results."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -21,6 +22,20 @@ from .common import (
     progress_bar,
 )
 
+if TYPE_CHECKING:
+    from ..metrics import Scores, SplitMerge
+
+Tta = Annotated[
+    bool, typer.Option("--tta", help="Mean over eight orientations of each tile: 8 times as long.")
+]
+Method = Annotated[
+    Literal["components", "watershed"], typer.Option(help="How cells are told apart.")
+]
+Threshold = Annotated[float, typer.Option(help="Foreground is above it.")]
+SeedThreshold = Annotated[float, typer.Option(help="Watershed seeds are above it.")]
+Smooth = Annotated[float, typer.Option(help="Smoothing before seeding, in pixels.")]
+LOST = "run the command again"
+
 
 @app.command()
 def predict(
@@ -30,13 +45,21 @@ def predict(
         "prediction.tif"
     ),
     kind: Annotated[
-        Literal["probability", "label"], typer.Option(help="What the TIFF holds.")
+        Literal["probability", "label", "instances"], typer.Option(help="What the TIFF holds.")
     ] = "probability",
+    instances: Method = "watershed",
+    threshold: Threshold = 0.5,
+    seed_threshold: SeedThreshold = 0.8,
+    smooth: Smooth = 2.0,
+    border_class: Annotated[
+        int | None, typer.Option(help="Class of the borders between cells, for instances.")
+    ] = None,
     overlay: Annotated[
         Path | None, typer.Option(help="PNG, or a folder of PNGs, with outlines on the image.")
     ] = None,
     tile: Annotated[int | None, typer.Option(help="Input tile, in pixels; as fits best.")] = None,
     batch: Annotated[int, typer.Option(help="Tiles at once.")] = 1,
+    tta: Tta = False,
     precision: Precision = "float32",
     device: Device = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
@@ -44,26 +67,38 @@ def predict(
 ) -> None:
     """Segment images of any size, in overlapping tiles with mirrored borders."""
     from ..checkpoint import load_model
-    from ..devices import autocast_dtype, pick_device
+    from ..devices import autocast_dtype
+    from ..distributed import agree, joined, naming_the_lost, rank
+    from ..metrics import instances as tell_apart
     from ..pages import open_pages
     from ..predict import predict_pages
 
-    target = pick_device(device)
-    source = open_pages(images)
-    model = load_model(checkpoint, target)
-    with progress_bar(quiet or as_json) as progress:
-        task = progress.add_task("predicting", total=None)
-        predict_pages(
-            model,
-            source,
-            output,
-            output=kind,
-            tile=tile,
-            batch=batch,
-            autocast=autocast_dtype(target, precision),
-            overlay=overlay,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    with joined(device) as target, naming_the_lost("predict", LOST):
+        source, model = agree(lambda: (open_pages(images), load_model(checkpoint, target)))
+        with progress_bar(quiet or as_json or rank() > 0) as progress:
+            task = progress.add_task("predicting", total=None)
+            predict_pages(
+                model,
+                source,
+                output,
+                output=kind,
+                tile=tile,
+                batch=batch,
+                autocast=autocast_dtype(target, precision),
+                tta=tta,
+                instances=partial(
+                    tell_apart,
+                    method=instances,
+                    threshold=threshold,
+                    seed_threshold=seed_threshold,
+                    smooth_px=smooth,
+                    border_class=border_class,
+                ),
+                overlay=overlay,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        if rank() > 0:
+            return
     result = {
         "pages": len(source),
         "output": str(output),
@@ -82,84 +117,118 @@ def evaluate(
     ] = None,
     label_kind: LabelKind = "auto",
     separate: Separate = 1,
-    instances: Annotated[
-        Literal["components", "watershed"], typer.Option(help="How cells are told apart.")
-    ] = "watershed",
-    threshold: Annotated[float, typer.Option(help="Foreground is above it.")] = 0.5,
-    seed_threshold: Annotated[float, typer.Option(help="Watershed seeds are above it.")] = 0.8,
-    smooth: Annotated[float, typer.Option(help="Smoothing before seeding, in pixels.")] = 2.0,
+    instances: Method = "watershed",
+    threshold: Threshold = 0.5,
+    seed_threshold: SeedThreshold = 0.8,
+    smooth: Smooth = 2.0,
     tile: Annotated[int | None, typer.Option(help="Input tile, in pixels; as fits best.")] = None,
+    tta: Tta = False,
     precision: Precision = "float32",
+    challenge: Annotated[
+        bool,
+        typer.Option("--challenge", help="Also by the EM challenge: best threshold, warping."),
+    ] = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Score a checkpoint on labelled images."""
     from ..checkpoint import load_model
     from ..data import load_sections
-    from ..devices import autocast_dtype, pick_device
-    from ..metrics import score, summarise
+    from ..devices import autocast_dtype
+    from ..distributed import agree, count, dealt, joined, naming_the_lost, rank
+    from ..metrics import Scores, score, summarise
     from ..predict import predict
 
-    target = pick_device(device)
-    model = load_model(checkpoint, target)
-    if model.n_classes > 1 and model.activation is not None:
-        raise ValueError(
-            f"{checkpoint}: evaluate compares classes that exclude each other, got a network with "
-            f"a {model.activation} for each of {model.n_classes}"
-        )
-    loaded = load_sections(
-        images,
-        labels,
-        sections=sections,
-        # a network of one class tells it from the background
-        n_classes=max(2, model.n_classes),
-        label_kind=label_kind,
-        separate=separate,
-    )
-    dtype = autocast_dtype(target, precision)
-    pages = {}
-    with progress_bar(as_json) as progress:
-        for section in progress.track(loaded, description="scoring"):
-            probability = predict(model, section.image, tile=tile, autocast=dtype)
-            pages[section.name] = score(
-                probability[0] if model.n_classes == 1 else probability,
-                section.classes,
-                section.cells,
-                method=instances,
-                threshold=threshold,
-                seed_threshold=seed_threshold,
-                smooth_px=smooth,
+    with joined(device) as target, naming_the_lost("evaluate", LOST):
+        model = agree(lambda: load_model(checkpoint, target))
+        if model.n_classes > 1 and model.activation is not None:
+            raise ValueError(
+                f"{checkpoint}: evaluate compares classes that exclude each other, got a network "
+                f"with a {model.activation} for each of {model.n_classes}"
             )
+        loaded = agree(
+            lambda: load_sections(
+                images,
+                labels,
+                sections=sections,
+                # a network of one class tells it from the background
+                n_classes=max(2, model.n_classes),
+                label_kind=label_kind,
+                separate=separate,
+            )
+        )
+        dtype = autocast_dtype(target, precision)
+        with progress_bar(as_json or rank() > 0) as progress:
+            task = progress.add_task("scoring", total=len(range(rank(), len(loaded), count())))
+
+            def score_page(i: int) -> Scores:
+                probability = predict(model, loaded[i].image, tile=tile, autocast=dtype, tta=tta)
+                scores = score(
+                    probability[0] if model.n_classes == 1 else probability,
+                    loaded[i].classes,
+                    loaded[i].cells,
+                    method=instances,
+                    threshold=threshold,
+                    seed_threshold=seed_threshold,
+                    smooth_px=smooth,
+                    challenge=challenge,
+                )
+                progress.advance(task)
+                return scores
+
+            scored = dealt(score_page, len(loaded))
+        if rank() > 0:
+            return
+    pages = {section.name: scores for section, scores in zip(loaded, scored, strict=True)}
     mean = summarise(list(pages.values()))
     if as_json:
         each = {name: page.to_dict() for name, page in pages.items()}
         print_result({"mean": mean.to_dict(), "pages": each}, as_json)
         return
-    table = Table("page", "pixel error", "Dice", "Rand error", "AP 0.5")
+    table = Table("page", "pixel error", "Dice", "Rand error", "V_Rand", "V_Info", "AP 0.5", "SEG")
     for name, page in pages.items():
         values = (
             page.pixel_error,
             page.dice[1],
             page.adapted_rand_error,
+            page.v_rand.score,
+            page.v_info.score,
             page.average_precision["0.50"],
+            page.segmentation_accuracy,
         )
         table.add_row(name, *(f"{value:.4f}" for value in values))
     out.print(table)
     out.print(f"mean of {len(pages)} pages, cells by {instances}")
-    print_result(
-        {
-            "pixel error": f"{mean.pixel_error:.4f}",
-            "IoU by class": ", ".join(f"{value:.4f}" for value in mean.iou),
-            "Dice by class": ", ".join(f"{value:.4f}" for value in mean.dice),
-            "adapted Rand error": f"{mean.adapted_rand_error:.4f}",
-            "variation of information": f"{mean.vi_split:.4f} split, {mean.vi_merge:.4f} merge",
-            "average precision": ", ".join(
-                f"{value:.3f} at {t}" for t, value in mean.average_precision.items() if t[-1] == "0"
-            ),
-            "cells": f"{mean.predicted_instances:.1f} found, {mean.true_instances:.1f} true",
-        },
-        as_json,
-    )
+    print_result(_rows(mean), as_json)
+
+
+def _rows(mean: "Scores") -> dict[str, str]:
+    """Mean scores by name, for a person."""
+    from ..metrics import maximal
+
+    def parts(score: "SplitMerge") -> str:
+        return f"{score.score:.4f} (split {score.split:.4f}, merge {score.merge:.4f})"
+
+    rows = {
+        "pixel error": f"{mean.pixel_error:.4f}",
+        "IoU by class": ", ".join(f"{value:.4f}" for value in mean.iou),
+        "Dice by class": ", ".join(f"{value:.4f}" for value in mean.dice),
+        "adapted Rand error": f"{mean.adapted_rand_error:.4f}",
+        "variation of information": f"{mean.vi_split:.4f} split, {mean.vi_merge:.4f} merge",
+        "V_Rand, borders thinned": parts(mean.v_rand),
+        "V_Info, borders thinned": parts(mean.v_info),
+        "average precision": ", ".join(
+            f"{value:.3f} at {t}" for t, value in mean.average_precision.items() if t[-1] == "0"
+        ),
+        "SEG": f"{mean.segmentation_accuracy:.4f}",
+        "cells": f"{mean.predicted_instances:.1f} found, {mean.true_instances:.1f} true",
+    }
+    if mean.challenge:
+        for name, curve in (("V_Rand", mean.challenge.v_rand), ("V_Info", mean.challenge.v_info)):
+            threshold, best = maximal(curve)
+            rows[f"maximal {name}"] = f"{parts(best)} at {threshold}"
+        rows["warping error"] = f"{mean.challenge.warping_error:.6f}"
+    return rows
 
 
 @app.command()
