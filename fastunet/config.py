@@ -36,6 +36,7 @@ class Config:
         validate_every: steps between validations and checkpoints.
         patience: validations in a row without a lower loss that end the run; None to go on.
         deterministic: let PyTorch use deterministic algorithms alone, and fail where it has none.
+        cuda_graph: record the network's kernels and launch them together, on one GPU.
         seed: of weights, tiles, augmentation and dropout.
         augmentation: what is drawn for each tile.
     Raises: ValueError for values out of range.
@@ -63,6 +64,7 @@ class Config:
     validate_every: int = 250
     patience: int | None = None
     deterministic: bool = False
+    cuda_graph: bool = False
     seed: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
 
@@ -91,6 +93,10 @@ class Config:
                 f"train: warmup must be from 0 to less than the {self.steps} steps, "
                 f"got {self.warmup}"
             )
+        if self.cuda_graph and self.accumulate > 1:
+            raise ValueError(
+                f"train: cuda_graph records whole batches, got accumulate {self.accumulate}"
+            )
         for name, allowed in (
             ("optimizer", ("sgd", "adamw")),
             ("schedule", ("one-cycle", "constant", "cosine", "poly")),
@@ -105,5 +111,5 @@ class Config:
 def settings(config: Config) -> dict[str, Any]:
     """The settings that a resumed run must share: those that decide what is learnt."""
     values = asdict(config)
-    del values["accumulate"]
+    del values["accumulate"], values["cuda_graph"]
     return values

@@ -41,9 +41,13 @@ def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
     return PRECISIONS[precision]
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    """The autocast context for ``dtype``; none for None."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+def autocast(
+    device: torch.device, dtype: torch.dtype | None, *, cached: bool = True
+) -> AbstractContextManager[object]:
+    """The autocast context for ``dtype``, which may keep converted weights; none for None."""
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype, cache_enabled=cached)
 
 
 @contextmanager

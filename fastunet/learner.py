@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import distributed
+from . import distributed, graphs
 from .checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -23,6 +23,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import Config, settings
+from .devices import autocast_dtype
 from .layers import ConvPair
 from .unet import UNet
 
@@ -58,6 +59,9 @@ class Learner:
 
     def forward(self, images: Tensor, first: int) -> Tensor:
         """Logits of a part of the batch, which begins with the batch's sample ``first``."""
+        if self.config.cuda_graph and self.network is self.model:
+            dtype = autocast_dtype(images.device, self.config.precision)
+            self.network = graphs.recorded_for_training(self.model, images, dtype)
         # each part starts the noise of the whole batch anew
         torch.manual_seed(torch.initial_seed())
         for pair in self._pairs:

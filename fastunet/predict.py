@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call
 
+from . import graphs
 from .augment import mirror
 from .devices import autocast as autocast_context
 from .files import replacing
@@ -33,6 +34,8 @@ PageOutput = Literal["probability", "label", "instances"]
 Tile = int | tuple[int, int] | None
 Progress = Callable[[int, int], None]
 Plan = tuple[Axis, Axis]
+# tiles [B, C, H, W] to results [B, ..., H', W']
+Run = Callable[[NDArray[np.float32]], NDArray[Any]]
 
 
 def predict(
@@ -44,6 +47,7 @@ def predict(
     output: Output = "probability",
     autocast: torch.dtype | None = None,
     tta: bool = False,
+    cuda_graph: bool = False,
     progress: Progress | None = None,
 ) -> NDArray[Any]:
     """Segment one image.
@@ -64,16 +68,19 @@ def predict(
             takes eight times as long. Tiles turn where they lie, so that tiled and whole results
             stay equal; a turned image gives the turned result where its pooling grid is turned
             onto itself, as that of any size that fits the network is.
+        cuda_graph: record the network's kernels for each size of a batch and launch them together,
+            on a GPU; gains where tiles are many and small.
         progress: called with the number of tiles done and of all tiles.
     Returns: softmax probabilities [K, H, W] float32, or the most probable class [H, W] uint8
         (uint16 for more than 256 classes). A network of one class, or with a sigmoid, gives each
         class a probability of its own; the label of one class is 1 where that is above 0.5.
     Raises: ValueError for another number of channels, no pixels, NaN or infinity, a tile that does
-        not fit (with the nearest sizes that do), batch < 1; TypeError for an image of integers.
+        not fit (with the nearest sizes that do), batch < 1, ``cuda_graph`` without a GPU; TypeError
+        for an image of integers.
     Source: Ronneberger et al. 2015, figure 2.
     """
     page = _image(image)
-    _check(model, page.shape, "image", batch)
+    _check(model, page.shape, "image", batch, cuda_graph)
     if output not in get_args(Output):
         raise ValueError(f"predict: output must be probability or label, got {output!r}")
     if not np.isfinite(page).all():
@@ -82,9 +89,8 @@ def predict(
     leading = (model.n_classes,) if output == "probability" else ()
     result = np.empty((*leading, *page.shape[1:]), _dtype(model, output))
     advance = _counter(progress, _tiles(plan))
-    finish = _finish(model, output)
-    options: dict[str, Any] = {"batch": batch, "autocast": autocast, "tta": tta}
-    _fill(model, page, result, plan, finish, advance=advance, **options)
+    with _running(model, _finish(model, output), autocast, tta, cuda_graph) as run:
+        _fill(run, page, result, plan, batch=batch, advance=advance)
     return result
 
 
@@ -98,6 +104,7 @@ def predict_pages(
     batch: int = 1,
     autocast: torch.dtype | None = None,
     tta: bool = False,
+    cuda_graph: bool = False,
     instances: Callable[[NDArray[np.float32]], NDArray[np.integer[Any]]] | None = None,
     overlay: str | Path | None = None,
     progress: Progress | None = None,
@@ -122,6 +129,7 @@ def predict_pages(
         batch: as for ``predict``.
         autocast: as for ``predict``.
         tta: as for ``predict``.
+        cuda_graph: as for ``predict``.
         instances: makes the ids [H, W] of a page of its probabilities, [H, W] of the foreground for
             up to two classes, else [K, H, W]; by default ``metrics.instances`` by watershed.
         overlay: a .png file for a source of one page, else a folder that gets a picture of each
@@ -141,7 +149,7 @@ def predict_pages(
     path = Path(path)
     shapes = [source.shape(i) for i in range(len(source))]
     for i, shape in enumerate(shapes):
-        _check(model, shape, source.name(i), batch)
+        _check(model, shape, source.name(i), batch, cuda_graph)
         if source.file(i).resolve() == path.resolve():
             raise ValueError(f"predict: {path} is an input, give another name for the output")
     if path.suffix.lower() not in (".tif", ".tiff"):
@@ -163,15 +171,12 @@ def predict_pages(
     def fill(i: int, target: NDArray[Any]) -> None:
         page = source.page(i)
         _fill(
-            model,
+            run,
             page,
             target,
             plans[i],
-            finish,
             statistics=page_statistics(page, name=source.name(i)),
             batch=batch,
-            autocast=autocast,
-            tta=tta,
             advance=advance,
         )
 
@@ -193,6 +198,7 @@ def predict_pages(
     leading = () if output == "instances" else planes
     dtype = np.uint32 if output == "instances" else _dtype(model, output)
     with ExitStack() as stack:
+        run = stack.enter_context(_running(model, finish, autocast, tta, cuda_graph))
 
         def create() -> results.TiffPages:
             sizes = [(*leading, *shape[1:]) for shape in shapes]
@@ -215,39 +221,52 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _fill(
+@contextmanager
+def _running(
     model: UNet,
+    finish: Callable[[Tensor], Tensor],
+    autocast: torch.dtype | None,
+    tta: bool,
+    cuda_graph: bool,
+) -> Iterator[Run]:
+    """What makes results of tiles: in evaluation mode, with weights that are converted once."""
+    parameter = next(model.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    with _evaluating(model), autocast_context(device, autocast, cached=not cuda_graph):
+        weights = lowered(model, autocast)
+
+        def probability(x: Tensor) -> Tensor:
+            return _probability(model, functional_call(model, weights, x).float())
+
+        network = graphs.Recorded(probability) if cuda_graph else probability
+
+        def run(tiles: NDArray[np.float32]) -> NDArray[Any]:
+            x = torch.from_numpy(tiles).to(device, dtype, memory_format=torch.channels_last)
+            p = _turned_mean(network, x) if tta else network(x)
+            return np.asarray(finish(p).cpu().numpy())
+
+        yield run
+
+
+def _fill(
+    run: Run,
     page: "Page",
     target: NDArray[Any],
     plan: Plan,
-    finish: Callable[[Tensor], Tensor],
     *,
     statistics: tuple[NDArray[Any], NDArray[Any]] | None = None,
     batch: int,
-    autocast: torch.dtype | None,
-    tta: bool,
     advance: Callable[[int], None],
 ) -> None:
     """Predict ``page`` [C, H, W] into ``target`` [..., H, W], a batch of windows at a time."""
-    parameter = next(model.parameters())
     windows = product(*(axis.spans for axis in plan))
-    with _evaluating(model), autocast_context(parameter.device, autocast):
-        weights = lowered(model, autocast)
-
-        def network(x: Tensor) -> Tensor:
-            return _probability(model, functional_call(model, weights, x).float())
-
-        while some := list(islice(windows, batch)):
-            tiles = np.stack([_read(page, window, plan, statistics) for window in some])
-            x = torch.from_numpy(tiles).to(
-                parameter.device, parameter.dtype, memory_format=torch.channels_last
-            )
-            given = finish(_turned_mean(network, x) if tta else network(x)).cpu().numpy()
-            for value, (rows, columns) in zip(given, some, strict=True):
-                target[..., rows.first : rows.last, columns.first : columns.last] = value[
-                    ..., _given(rows), _given(columns)
-                ]
-            advance(len(some))
+    while some := list(islice(windows, batch)):
+        tiles = np.stack([_read(page, window, plan, statistics) for window in some])
+        for value, (rows, columns) in zip(run(tiles), some, strict=True):
+            target[..., rows.first : rows.last, columns.first : columns.last] = value[
+                ..., _given(rows), _given(columns)
+            ]
+        advance(len(some))
 
 
 def _read(
@@ -359,7 +378,7 @@ def _image(image: object) -> NDArray[np.float32]:
     return array.astype(np.float32, copy=False)[(None,) * (3 - array.ndim)]
 
 
-def _check(model: UNet, shape: Sequence[int], name: str, batch: int) -> None:
+def _check(model: UNet, shape: Sequence[int], name: str, batch: int, cuda_graph: bool) -> None:
     if shape[0] != model.in_channels:
         raise ValueError(
             f"predict: {name} must have {model.in_channels} channels as the network takes, "
@@ -369,3 +388,5 @@ def _check(model: UNet, shape: Sequence[int], name: str, batch: int) -> None:
         raise ValueError(f"predict: {name} must have pixels, got {list(shape)}")
     if batch < 1:
         raise ValueError(f"predict: batch must be >= 1, got {batch}")
+    if cuda_graph and (why_not := graphs.unsupported(next(model.parameters()).device)):
+        raise ValueError(f"predict: cuda_graph takes {why_not}")

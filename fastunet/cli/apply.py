@@ -60,6 +60,9 @@ def predict(
     tile: Annotated[int | None, typer.Option(help="Input tile, in pixels; as fits best.")] = None,
     batch: Annotated[int, typer.Option(help="Tiles at once.")] = 1,
     tta: Tta = False,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Launch the network's kernels together, on a GPU.")
+    ] = False,
     precision: Precision = "float32",
     device: Device = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
@@ -86,6 +89,7 @@ def predict(
                 batch=batch,
                 autocast=autocast_dtype(target, precision),
                 tta=tta,
+                cuda_graph=cuda_graph,
                 instances=partial(
                     tell_apart,
                     method=instances,

@@ -114,6 +114,10 @@ def train(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="PyTorch's deterministic algorithms alone.")
     ] = False,
+    cuda_graph: Annotated[
+        bool,
+        typer.Option("--cuda-graph", help="Launch the network's kernels together, on one GPU."),
+    ] = False,
     device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write events too.")] = False,
@@ -156,6 +160,7 @@ def train(
         validate_every=validate_every,
         patience=patience,
         deterministic=deterministic,
+        cuda_graph=cuda_graph,
         seed=seed,
         augmentation=Augmentation(
             elastic_px=elastic,

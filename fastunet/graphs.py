@@ -1,0 +1,102 @@
+"""CUDA graphs: the kernels of a network recorded once and launched together.
+
+Small images and small networks take a GPU less time than launching their kernels takes the host. A
+recording is of one shape, and of the weights' places in memory, not of their values.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .devices import autocast
+
+# before a recording: libraries choose their kernels, and Triton compiles ours
+WARM_UP = 3
+
+
+def unsupported(device: torch.device) -> str | None:
+    """Why networks on ``device`` cannot be recorded, or None."""
+    return None if device.type == "cuda" else f"a network on a CUDA device, got {device}"
+
+
+class Recorded:
+    """A network in evaluation, recorded anew for each shape that it is given.
+
+    Args:
+        network: takes images and gives a tensor, without gradients; its weights stay where they
+            are.
+    """
+
+    def __init__(self, network: Callable[[Tensor], Tensor]) -> None:
+        self._network = network
+        self._recordings: dict[object, tuple[Callable[[], None], Tensor, Tensor]] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the network gives for ``x`` [B, C, H, W]; the next call overwrites the result."""
+        key = (x.shape, x.dtype)
+        if key not in self._recordings:
+            source = x.clone(memory_format=torch.channels_last)
+            self._recordings[key] = self._record(source)
+        replay, source, result = self._recordings[key]
+        source.copy_(x)
+        replay()
+        return result
+
+    def _record(self, source: Tensor) -> tuple[Callable[[], None], Tensor, Tensor]:
+        aside, graph = torch.cuda.Stream(source.device), torch.cuda.CUDAGraph()
+        aside.wait_stream(torch.cuda.current_stream(source.device))
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                self._network(source)
+        torch.cuda.current_stream(source.device).wait_stream(aside)
+        with torch.cuda.graph(graph):
+            result = self._network(source)
+        return graph.replay, source, result
+
+
+def recorded_for_training(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> nn.Module:
+    """``model`` whose forward and backward passes are recorded, for inputs like ``x``.
+
+    Args:
+        model: in training mode; keeps its own forward and its batch statistics.
+        x: an input, on the model's device.
+        dtype: of autocast.
+    Returns: a module that shares the weights; its gradients reach them. It raises ValueError for
+        inputs of another shape.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    alike = torch.zeros_like(x)
+    with torch.autocast(x.device.type, enabled=False):
+        network = torch.cuda.make_graphed_callables(_Whole(model, dtype).train(), (alike,), WARM_UP)
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    return _Checked(network, x)
+
+
+class _Whole(nn.Module):
+    """A network with its autocast; recording replaces this module's forward and not the model's."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        # a cache of converted weights would outlive the recording
+        with autocast(x.device, self.dtype, cached=False):
+            y: Tensor = self.model(x)
+            return y
+
+
+class _Checked(nn.Module):
+    """A recording, which would take another shape for its own."""
+
+    def __init__(self, network: nn.Module, x: Tensor) -> None:
+        super().__init__()
+        self.network, self.shape, self.stride = network, x.shape, x.stride()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (x.shape, x.stride()) != (self.shape, self.stride):
+            raise ValueError(f"the recorded network takes {list(self.shape)}, got {list(x.shape)}")
+        y: Tensor = self.network(x)
+        return y
