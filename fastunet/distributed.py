@@ -104,10 +104,7 @@ def gather(mine: Sequence[T], total: int) -> list[T]:
 
 
 def agree(work: Callable[[], T]) -> T:
-    """``work()`` in each process; an error in any of them ends all.
-
-    The first process raises it, so that it is told once; the others leave in silence.
-    """
+    """``work()`` in each process; an error in any of them is raised by all."""
     if count() == 1:
         return work()
     result, mine = None, None
@@ -120,13 +117,11 @@ def agree(work: Callable[[], T]) -> T:
     first = next((error for error in errors if error is not None), None)
     if first is None:
         return cast("T", result)
-    if rank() > 0:
-        raise SystemExit(0)
     raise first from mine
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """What ``work()`` gives in the first process, told to all; an error in it ends all."""
+    """What ``work()`` gives in the first process, told to all; so is an error."""
     result = agree(lambda: work() if rank() == 0 else None)
     told = [result]
     if count() > 1:
