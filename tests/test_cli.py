@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 import tifffile
 
-from fastunet import cli
+import fastunet
+from fastunet import cli, load_model, metrics
 from fastunet.cli import apply, convert, tools, train
+from fastunet.data import load_sections, standardise
+from fastunet.pages import open_pages
 from fastunet.report import read_log
 from fastunet.synthetic import write_cells
 from fastunet.train import LAST, LOG
@@ -116,6 +119,31 @@ def test_evaluate(
     printed = " ".join(capsys.readouterr().out.split())
     for name in ("pixel error", "V_Rand, borders", "SEG", "warping error", "maximal V_Info"):
         assert name in printed
+
+
+def test_options_of_prediction_arrive(
+    data: tuple[Path, Path], run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, page = load_model(run_folder / LAST), open_pages(data[0]).page(0)
+    p = fastunet.predict(model, standardise(page), tta=True)
+    output = tmp_path / "out.tif"
+    arguments = ["--checkpoint", run_folder / LAST, "--tta"]
+    assert call("predict", data[0], *arguments, "-o", output, "--quiet") == 0
+    assert np.array_equal(tifffile.imread(output)[0], p[1])
+    options = ["--kind", "instances", "--threshold", "0.45", "--seed-threshold", "0.5"]
+    assert call("predict", data[0], *arguments, "-o", output, *options, "--smooth", "0.7") == 0
+    ids = metrics.instances(
+        p, method="watershed", threshold=0.45, seed_threshold=0.5, smooth_px=0.7
+    )
+    assert np.array_equal(tifffile.imread(output)[0], ids)
+    assert call("predict", data[0], *arguments, "-o", output, *options, "--border-class", "1") == 2
+    assert "border_class must be of three classes" in capsys.readouterr().err
+    score = ["evaluate", "--images", data[0], "--labels", data[1], "--sections", "0", "--json"]
+    assert call(*score, *arguments) == 0
+    found = json.loads(capsys.readouterr().out)["mean"]
+    section = load_sections(*data, sections="0")[0]
+    expected = metrics.score(p, section.classes, section.cells, method="watershed")
+    assert found == json.loads(json.dumps(expected.to_dict()))
 
 
 def test_weight_map(data: tuple[Path, Path], tmp_path: Path) -> None:
