@@ -66,9 +66,10 @@ def recorded_for_training(model: nn.Module, x: Tensor, dtype: torch.dtype | None
         inputs of another shape.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    alike = torch.zeros_like(x)
+    network = _Whole(model, dtype).train()
     with torch.autocast(x.device.type, enabled=False):
-        network = torch.cuda.make_graphed_callables(_Whole(model, dtype).train(), (alike,), WARM_UP)
+        # gives the module's forward another body
+        torch.cuda.make_graphed_callables(network, (torch.zeros_like(x),), WARM_UP)
     for buffer, before in buffers:
         buffer.copy_(before)
     return _Checked(network, x)
