@@ -186,8 +186,9 @@ def train(
 
     with distributed.joined(device) as target:
         writes = distributed.rank() == 0
-        training = load(train_sections)
-        validation = load(val_sections) if val_sections else []
+        training, validation = distributed.agree(
+            lambda: (load(train_sections), load(val_sections) if val_sections else [])
+        )
         if folds is not None and fold is not None:
             training, validation = sampling.fold(training, folds, fold)
         torch.manual_seed(seed)
