@@ -16,7 +16,7 @@ WARM_UP = 3
 
 
 def unsupported(device: torch.device) -> str | None:
-    """Why networks on ``device`` cannot be recorded, or None."""
+    """What a recording takes instead of a network on ``device``, or None if it takes that."""
     return None if device.type == "cuda" else f"a network on a CUDA device, got {device}"
 
 

@@ -39,8 +39,7 @@ class UNet(nn.Module):
         activation: None for logits, or "sigmoid" for the probability of each class on its own.
         recompute: keep only what goes between the levels for backward, and compute the rest
             again. Training is slower, and its result the same.
-        ops: the module whose ``conv_relu_pair``, ``crop_concat`` and ``up_conv`` run,
-            ``fastunet.ops`` or ``fastunet.ops.eager``.
+        ops: the module whose operators run, ``fastunet.ops`` or ``fastunet.ops.eager``.
     Raises: ValueError for arguments that cannot work.
     Source: Ronneberger et al. 2015, figure 1 and section 3 (initialisation).
     """

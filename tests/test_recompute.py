@@ -75,7 +75,7 @@ def peak_bytes(ops: Any, dtype: torch.dtype) -> int:
         step()
     events = profiled.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return max(accumulate(size for _, size in changes))
+    return max(accumulate(change for _, change in changes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -117,11 +117,19 @@ def relu_pool_bwd_reference(grad_y: Tensor, grad_pooled: Tensor | None, y: Tenso
 
 
 def convolution_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, padding: int, needed: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    padding: int,
+    needed: list[bool],
+    *,
+    stride: int = 1,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias from that of the convolution; empty where not needed."""
+    channels, steps, pads = [grad.shape[1]], [stride] * 2, [padding] * 2
     grads = torch.ops.aten.convolution_backward(
-        grad, x, weight, [grad.shape[1]], [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, needed
+        grad, x, weight, channels, steps, pads, [1, 1], transposed, [0, 0], 1, needed
     )
     empty = x.new_empty(0)
     grad_x, grad_weight, grad_bias = (

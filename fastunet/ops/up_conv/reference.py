@@ -5,9 +5,10 @@
 so that each pixel makes four, by a product with a matrix of [C, 4 C_out].
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..conv_relu.reference import convolution_gradients
 
 
 def up_conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -19,18 +20,4 @@ def up_conv_bwd_reference(
     grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias from that of the output; empty where not needed."""
-    return library_gradients(grad, x, weight, needed)
-
-
-def library_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Those that PyTorch computes."""
-    grads = torch.ops.aten.convolution_backward(
-        grad, x, weight, [grad.shape[1]], [2, 2], [0, 0], [1, 1], True, [0, 0], 1, needed
-    )
-    empty = x.new_empty(0)
-    grad_x, grad_weight, grad_bias = (
-        got if need else empty for got, need in zip(grads, needed, strict=True)
-    )
-    return grad_x, grad_weight, grad_bias
+    return convolution_gradients(grad, x, weight, 0, needed, stride=2, transposed=True)
