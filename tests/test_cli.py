@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import tifffile
+from fastunet_benchmarks import run
 
 import fastunet
 from fastunet import cli, load_model, metrics
@@ -217,6 +219,27 @@ def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     with pytest.raises(ValueError, match="wanted"):
         cli.main()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_interrupted_bench_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    time_cases, seen = run.time_cases, []
+
+    def interrupted(*arguments: Any) -> Any:
+        seen.append(arguments)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return time_cases(*arguments)
+
+    monkeypatch.setattr(run, "time_cases", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    options = ["--device", "cpu", "--size", 32, "--batch", 1, "--batch", 2]
+    assert call("bench", "separate_touching", *options, "--record", tmp_path) == 3
+    assert "3 cases are left" in " ".join(capsys.readouterr().out.split())
+    assert list(tmp_path.glob("*/speedup-separate_touching-*.png"))
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

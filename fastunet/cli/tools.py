@@ -1,5 +1,6 @@
 """``fastunet doctor``, ``bench``, ``tune`` and ``demo``."""
 
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -95,6 +96,8 @@ def bench(
     """Time the operators and the network against eager PyTorch and others."""
     from fastunet_benchmarks.run import run
 
+    # ends the timing, and what was timed by then is drawn and reported
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     status = run(
         operators or (),
         device=device,
