@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..conv_relu.reference import laid_out_like
-from .reference import up_conv_bwd_reference
+from .reference import library_gradients
 
 # in float32, where weights in another order cost less, oneDNN is faster for fewer
 FEWEST_CHANNELS = 16
@@ -26,7 +26,7 @@ def up_conv_bwd_onednn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``up_conv_bwd_reference``."""
     if not _pays(x):
-        return up_conv_bwd_reference(grad, x, weight, needed)
+        return library_gradients(grad, x, weight, needed)
     need_x, need_weight, need_bias = needed
     (batch, c, height, width), c_out = x.shape, weight.shape[1]
     grad_x = grad_weight = grad_bias = x.new_empty(0)
