@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastunet import UNet, ops
+from fastunet import UNet, graphs, ops
 from fastunet.devices import autocast
 from fastunet.unet import PAPER_WIDTHS
 
@@ -25,6 +25,7 @@ from .cases import (
     Setting,
     compilations,
     noise,
+    why_no_gpu,
 )
 from .exported import engines
 from .figure import PAPER_SIZE, arrows
@@ -77,24 +78,33 @@ def _case(batch: int, size: int, dtype: torch.dtype, training: bool, setting: Se
     ) -> Sequence[Call]:
         if training:
             return train(model, sets, module.weighted_cross_entropy, precision)
-        # as the engines do, with weights that are converted before
-        model = model.to(precision)
         return [predict(model, given["images"].to(precision)) for given in sets]
 
     def prepare(
         module: ModuleType, layout: str, transform: Callable[[Any], Any] = lambda model: model
     ) -> Prepare:
+        """``transform`` gets the model as it is trained, or as the engines take it, converted."""
+
         def prepared(sets: Sequence[Inputs]) -> Sequence[Call]:
             own = [
                 {**given, "images": given["images"].clone(memory_format=MEMORY_FORMATS[layout])}
                 for given in sets
             ]
-            return calls(transform(network(module, layout)), own, module, dtype)
+            model = network(module, layout)
+            model = transform(model if training else model.to(dtype))
+            return calls(model, own, module, dtype)
 
         return prepared
 
     def compiled(mode: str | None) -> Prepare:
         return prepare(ops.eager, "channels_last", partial(torch.compile, dynamic=False, mode=mode))
+
+    def recorded(model: Any) -> Any:
+        if not training:
+            return graphs.Recorded(model)
+        shape, layout = (batch, 1, size, size), torch.channels_last
+        image = torch.empty(shape, device=setting.device, memory_format=layout)
+        return graphs.recorded_for_training(model, image, _below_float32(dtype))
 
     def frozen(model: Any) -> Any:
         return torch.compile(model, dynamic=False, options={"freezing": True})
@@ -139,9 +149,17 @@ def _case(batch: int, size: int, dtype: torch.dtype, training: bool, setting: Se
             ),
             *(() if training else engines(partial(network, ops.eager), dtype, setting)),
             Contender(OURS, prepare(ops, "channels_last"), "channels_last"),
+            Contender(
+                f"{OURS}, CUDA graph",
+                prepare(ops, "channels_last", recorded),
+                "channels_last",
+                backend="CUDA graph",
+                skip=why_no_gpu(setting),
+            ),
         ),
         # the first convolution has no gradient of the image
         flops=batch * (3 * forward_flops - first if training else forward_flops),
+        launches_count=True,
     )
 
 
@@ -178,7 +196,11 @@ def train(
 
 
 def _precision(device: torch.device, dtype: torch.dtype) -> Any:
-    return autocast(device, dtype if dtype.itemsize < 4 else None)
+    return autocast(device, _below_float32(dtype))
+
+
+def _below_float32(dtype: torch.dtype) -> torch.dtype | None:
+    return dtype if dtype.itemsize < 4 else None
 
 
 def _why_not_frozen(setting: Setting) -> str | None:

@@ -107,6 +107,7 @@ class Case:
         contenders: the first is the one that the others are compared with.
         moved_bytes: each input read once, each output written once; 0 if not counted.
         flops: operations, two a multiply-add; 0 where memory is all that counts.
+        launches_count: as in ``Clock``.
     """
 
     operator: str
@@ -117,6 +118,7 @@ class Case:
     contenders: tuple[Contender, ...]
     moved_bytes: int = 0
     flops: int = 0
+    launches_count: bool = False
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -228,9 +230,9 @@ def exactly(function: Callable[..., Any], leaves: Collection[str] = ()) -> Calla
 
 
 def noise(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, *, seed: int) -> Tensor:
-    """Normal random numbers, the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(device, dtype)
+    """Normal random numbers, the same in each call on a device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -12,6 +12,7 @@ from .checks import Judge, RefusedError, Trial
 from .record import Environment, Row
 from .timing import (
     FULL,
+    FULL_GPU,
     QUICK,
     Clock,
     Effort,
@@ -59,7 +60,8 @@ def time_cases(
 
     Returns: the cases in their order, with a timing a contender.
     """
-    effort = QUICK if setting.quick else FULL
+    full = FULL_GPU if setting.device.type == "cuda" else FULL
+    effort = QUICK if setting.quick else full
     visits: list[list[list[Outcome]]] = [[] for _ in cases]
     for _ in range(effort.visits):
         for case, found in zip(cases, visits, strict=True):
@@ -79,7 +81,7 @@ def visit(case: Case, setting: Setting, effort: Effort) -> list[Outcome]:
     """Check the contenders of ``case`` and time those that pass, in turns."""
     first, *others = case.contenders
     try:
-        judge = Judge(case, Clock(setting.device))
+        judge = Judge(case, Clock(setting.device, case.launches_count))
         trials: list[Trial] = [judge.admit(first)]
     except Exception as error:
         return [Outcome(contender, "failed", _brief(error)) for contender in case.contenders]
@@ -96,7 +98,7 @@ def visit(case: Case, setting: Setting, effort: Effort) -> list[Outcome]:
             outcomes[contender.name] = Outcome(contender, "failed", _brief(error))
     samples = interleave(
         [trial.call for trial in trials],
-        [Clock(setting.device_of(trial.contender)) for trial in trials],
+        [Clock(setting.device_of(trial.contender), case.launches_count) for trial in trials],
         effort,
     )
     for trial, times in zip(trials, samples, strict=True):

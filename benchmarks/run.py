@@ -1,7 +1,9 @@
 """``fastunet bench``: run the chosen bench files, show their rows, record and compare them."""
 
+import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
@@ -49,6 +51,8 @@ def run(
     sizes: Sequence[int] = (),
     batches: Sequence[int] = (),
     quick: bool = False,
+    only: str = "",
+    without: str | None = None,
     json_path: Path | None = None,
     record_in: Path | None = None,
     minutes: float | None = None,
@@ -66,6 +70,8 @@ def run(
         sizes: heights and widths of the network's input, in pixels, taken up to the next that fits.
         batches: images.
         quick: few small cases, in two minutes on two cores.
+        only: a regular expression that the names of the cases match.
+        without: a regular expression; contenders whose names match it take no part.
         json_path: file for the rows, written after each case; a Markdown table goes beside it.
         record_in: folder that keeps a file of rows, a table and charts for each device. Rows that
             it holds of this commit are not measured again, others of the device are replaced.
@@ -83,7 +89,7 @@ def run(
     """
     console = console or Console()
     setting = choose(device, dtypes, sizes, batches, quick)
-    cases = plan(operators, setting)
+    cases = chosen(plan(operators, setting), only, without)
     order = {case.key: i for i, case in enumerate(cases)}
     old = record.read(compare) if compare else []
     if record_in and (json_path or plot):
@@ -103,8 +109,16 @@ def run(
             plot = json_path.with_suffix("")
         else:
             console.print("no charts: matplotlib is not installed")
-    finished = {row.case_key for row in rows if row.environment == where}
-    cases = [case for case in cases if case.key not in finished]
+    finished = {
+        (row.case_key, row.contender)
+        for row in rows
+        if row.environment == where and row.status != "failed"
+    }
+    cases = [
+        case
+        for case in cases
+        if any((case.key, contender.name) not in finished for contender in case.contenders)
+    ]
     if minutes is not None:
         cases = in_turns(cases)
     for each in setting.dtypes if cases else ():
@@ -114,13 +128,21 @@ def run(
             f"{dtype_name(each)} product {record.flop_rate(ceilings.matmul_tflop_s)}"
         )
 
+    broken = False
     until = time.monotonic() + (60 * minutes if minutes is not None else float("inf"))
     while cases and time.monotonic() < until:
         # quick cases are visited in turns
         group = cases if quick else cases[:1]
         try:
             timed = time_cases(group, setting, where)
+            if setting.device.type == "cuda":
+                # after an illegal access all that follows would fail
+                torch.cuda.synchronize(setting.device)
         except KeyboardInterrupt:
+            break
+        except torch.AcceleratorError as error:
+            console.print(f"the GPU stopped at {', '.join(group[0].key)}: {error}", markup=False)
+            broken = True
             break
         # a case may hold a network, and is let go
         cases = cases[len(group) :]
@@ -141,7 +163,7 @@ def run(
         show.changes(asked, old, compare, console)
     if cases:
         console.print(f"{len(cases)} cases are left, first {', '.join(cases[0].key)}")
-        return LEFT_OVER
+        return REFUSED if broken else LEFT_OVER
     return _verdict(asked, fail_under, console)
 
 
@@ -204,6 +226,35 @@ def plan(operators: Sequence[str], setting: Setting) -> list[Case]:
         if name not in BENCHES:
             raise ValueError(f"no benchmark is called {name!r}; there are {', '.join(BENCHES)}")
     return [case for name in operators or BENCHES for case in BENCHES[name].cases(setting)]
+
+
+def chosen(cases: Sequence[Case], only: str, without: str | None) -> list[Case]:
+    """The cases, and of each the contenders, that ``run`` takes; the first contender stays.
+
+    Raises: ValueError for what is no regular expression, or if no case is left.
+    """
+    for name, pattern in (("only", only), ("without", without or "")):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            message = f"{name} must be a regular expression, got {pattern!r}: {error}"
+            raise ValueError(message) from None
+    found = [case for case in cases if re.search(only, case.name)]
+    if not found:
+        raise ValueError(f"no case is called like {only!r}; the first is {cases[0].name!r}")
+    if without is None:
+        return found
+    return [
+        replace(
+            case,
+            contenders=tuple(
+                contender
+                for i, contender in enumerate(case.contenders)
+                if i == 0 or not re.search(without, contender.name)
+            ),
+        )
+        for case in found
+    ]
 
 
 def in_turns(cases: Sequence[Case]) -> list[Case]:

@@ -19,6 +19,8 @@ SHORTEST_SAMPLE_MS = 1.0
 # calls before any sample, unless they are slow: a GPU's clock rises, caches and branches are learnt
 WARM_UPS = 3
 SLOW_MS = 500.0
+# of a GPU, about a millisecond
+HEAD_START_CYCLES = 2_000_000
 # sets of inputs that take turns on a GPU, at most
 MOST_COPIES = 8
 # how long the best of a ceiling is looked for
@@ -44,6 +46,8 @@ class Effort:
 
 
 FULL = Effort(seconds=3.0, fewest=5, most=200)
+# a GPU's clock is exact and nobody else's work is on it
+FULL_GPU = Effort(seconds=0.5, fewest=10, most=100)
 QUICK = Effort(seconds=0.6, fewest=3, most=40, visits=5)
 
 
@@ -58,13 +62,18 @@ class Ceilings:
 class Clock:
     """Times calls on one device.
 
-    On a GPU a sample is one call between two events, after the L2 cache was overwritten: that write
-    also keeps the GPU busy while the host launches. Its inputs are not those of the call before. On
-    the CPU it is as many calls as make a millisecond, with warm caches.
+    On a GPU a sample is one call between two events, after the L2 cache was overwritten. Its inputs
+    are not those of the call before. On the CPU it is as many calls as make a millisecond, with
+    warm caches.
+
+    Args:
+        launches_count: on a GPU, what the host takes to launch is part of the time. If not, the GPU
+            is kept busy meanwhile, as it is inside a network.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, launches_count: bool = False) -> None:
         self._device = device
+        self._launches_count = launches_count
         self._on_gpu = device.type == "cuda"
 
     def sample(self, call: Callable[[], object], repeats: int) -> float:
@@ -80,6 +89,8 @@ class Clock:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.device(self._device):
             _scratch(self._device).zero_()
+            if not self._launches_count:
+                torch.cuda._sleep(HEAD_START_CYCLES)
             start.record()
             call()
             end.record()
@@ -162,7 +173,13 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
         for seed in (0, 1)
     )
     product = torch.empty_like(left)
-    matmul_ms = _best(clock, lambda: torch.mm(left, right, out=product))
+    before = torch.backends.cuda.matmul.allow_tf32
+    # float32 convolutions may take TF32 where products may not
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        matmul_ms = _best(clock, lambda: torch.mm(left, right, out=product))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
     return Ceilings(2 * copied_bytes / copy_ms / 1e6, 2 * n**3 / matmul_ms / 1e9)
 
 

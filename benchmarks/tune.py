@@ -19,6 +19,7 @@ from fastunet.ops.conv_relu.tiles import Problem, Tile
 from fastunet.unet import PAPER_WIDTHS
 
 from .cases import noise
+from .checks import TF32_EPS
 from .figure import arrows
 from .timing import QUICK, Clock, interleave, summary
 
@@ -178,8 +179,9 @@ def _wrong(
             return "a NaN is lost"
         right = expected.nan_to_num().float()
         off = float((result.nan_to_num().float() - right).abs().sum())
-        # half of the digits, as of the other contenders of a benchmark
-        allowed = float(torch.finfo(expected.dtype).eps ** 0.5 * right.abs().sum())
+        # half of the digits, as of the other contenders of a benchmark; float32 is taken as TF32
+        eps = max(torch.finfo(expected.dtype).eps, TF32_EPS)
+        allowed = float(eps**0.5 * right.abs().sum())
         if not off <= allowed:
             return f"off by {off / max(allowed, 1e-30):.2g} times what is allowed"
     return ""

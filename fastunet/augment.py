@@ -89,8 +89,8 @@ def augment(
     if settings.elastic_px == 0 and settings.rotation != "free" and height == width:
         images, labels = _turn_exactly(images, turn), _turn_exactly(labels, turn)
     else:
-        field = displacement(batch, height, width, settings, generator, part)
-        rows, columns = _source_coordinates(turn, field.to(images.device))
+        field = displacement(batch, height, width, settings, generator, part, images.device)
+        rows, columns = _source_coordinates(turn, field)
         images = sample_linear(images, rows, columns)
         labels = sample_nearest(labels, rows, columns)
     grey = torch.randn(2, batch, channels, 1, 1, generator=generator)[:, part].to(images)
@@ -105,13 +105,15 @@ def displacement(
     settings: Augmentation,
     generator: torch.Generator,
     part: slice = slice(None),
+    device: torch.device | None = None,
 ) -> Tensor:
     """Smooth random displacements [B, 2, H, W], rows then columns, in pixels, of ``part``.
 
-    Normal draws on the coarse grid, whose corners are the image's, interpolated bicubically.
+    Normal draws on the coarse grid, whose corners are the image's, interpolated bicubically on
+    ``device``.
     """
     n = settings.elastic_grid
-    coarse = torch.randn(batch, 2, n, n, generator=generator)[part] * settings.elastic_px
+    coarse = torch.randn(batch, 2, n, n, generator=generator)[part].to(device) * settings.elastic_px
     return F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)
 
 

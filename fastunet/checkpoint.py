@@ -166,6 +166,7 @@ def restore_optimizer(
         optimizer.state[parameter] = {
             name: torch.empty_like(parameter).copy_(value)
             if value.shape == parameter.shape
-            else value.clone()
+            # fused optimisers count steps on the device
+            else value.to(parameter.device, copy=True)
             for name, value in values.items()
         }

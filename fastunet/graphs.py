@@ -50,7 +50,7 @@ class Recorded:
             for _ in range(WARM_UP):
                 self._network(source)
         torch.cuda.current_stream(source.device).wait_stream(aside)
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(source.device), torch.cuda.graph(graph):
             result = self._network(source)
         return graph.replay, source, result
 
@@ -67,7 +67,7 @@ def recorded_for_training(model: nn.Module, x: Tensor, dtype: torch.dtype | None
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     network = _Whole(model, dtype).train()
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.cuda.device(x.device), torch.autocast(x.device.type, enabled=False):
         # gives the module's forward another body
         torch.cuda.make_graphed_callables(network, (torch.zeros_like(x),), WARM_UP)
     for buffer, before in buffers:

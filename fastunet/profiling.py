@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from .files import replacing
@@ -50,13 +51,23 @@ class StepProfile:
     def _keep(self, profiler: profile) -> None:
         with replacing(self.folder / TRACE) as temporary:
             profiler.export_chrome_trace(str(temporary))
-        events = {event.key: event for event in profiler.key_averages()}
+        # on a GPU a phase comes again as a range of the device's own clock
+        rows = [row for row in profiler.key_averages() if row.device_type == DeviceType.CPU]
+        events = {row.key: row for row in rows}
         # a phase may have several blocks a step
         steps = min(PROFILED_STEPS, profiler.step_num - SKIPPED_STEPS)
         for name in PHASES:
             event = events[f"fastunet.{name}"]
             self.time_ms[name] = event.cpu_time_total / steps / 1000
-            self.device_time_ms[name] = event.device_time_total / steps / 1000
+            device_time = event.device_time_total
+            if name == "backward":
+                # autograd launches it from a thread of its own
+                device_time += sum(
+                    row.device_time_total
+                    for key, row in events.items()
+                    if key.startswith("autograd::engine::evaluate_function")
+                )
+            self.device_time_ms[name] = device_time / steps / 1000
 
 
 @contextmanager

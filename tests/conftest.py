@@ -12,6 +12,8 @@ import torch
 # without a GPU, kernels run in Triton's interpreter; it is read when Triton is first imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# or cuBLAS is not deterministic; it is read when that is first used
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -21,6 +23,7 @@ def _reproducible() -> Iterator[None]:
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -107,7 +107,8 @@ def test_seeded_and_the_same_on_every_device(device: torch.device) -> None:
     images, labels = torch.randn(2, 1, 32, 32), torch.randint(9, (2, 2, 32, 32))
     a = augment(images, labels, Augmentation(), generator(3))
     b = augment(images.to(device), labels.to(device), Augmentation(), generator(3))
-    torch.testing.assert_close(a[0], b[0].cpu())
+    # coordinates are rounded otherwise there
+    torch.testing.assert_close(a[0], b[0].cpu(), rtol=0, atol=1e-4)
     other = augment(images, labels, Augmentation(), generator(4))
     assert not torch.equal(a[0], other[0])
 

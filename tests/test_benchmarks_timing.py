@@ -121,7 +121,11 @@ def test_gpu_sample_is_one_call_with_a_cold_cache(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(timing, "_scratch", lambda device: Scratch())
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("busy"))
     clock = Clock(torch.device("cuda"))
     assert clock.sample(lambda: log.append("call"), 5) == 0.25
+    assert log == ["evict", "busy", "event", "call", "event", "synchronize"]
+    del log[:]
+    Clock(torch.device("cuda"), launches_count=True).sample(lambda: log.append("call"), 5)
     assert log == ["evict", "event", "call", "event", "synchronize"]
     assert clock.warm_up(lambda: log.append("call")) == (1, 0.25)

@@ -129,7 +129,7 @@ def test_options_of_prediction_arrive(
     model, page = load_model(run_folder / LAST), open_pages(data[0]).page(0)
     p = fastunet.predict(model, standardise(page), tta=True)
     output = tmp_path / "out.tif"
-    arguments = ["--checkpoint", run_folder / LAST, "--tta"]
+    arguments = ["--checkpoint", run_folder / LAST, "--tta", "--device", "cpu"]
     assert call("predict", data[0], *arguments, "-o", output, "--quiet") == 0
     assert np.array_equal(tifffile.imread(output)[0], p[1])
     options = ["--kind", "instances", "--threshold", "0.45", "--seed-threshold", "0.5"]

@@ -60,7 +60,8 @@ def test_converts_and_predicts(
     assert (result["in_channels"], result["padding"]) == (1, "same")
 
     prediction = tmp_path / "prediction.tif"
-    arguments = ["predict", images, "--checkpoint", output, "-o", prediction, "--quiet"]
+    arguments = ["predict", images, "--checkpoint", output, "-o", prediction]
+    arguments += ["--device", "cpu", "--quiet"]
     assert call(*arguments) == 0
     page = standardise(tifffile.imread(images)[:1])
     foreground = predict(load_model(output), page)[-1]

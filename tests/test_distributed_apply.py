@@ -36,7 +36,7 @@ def commands(folder: Path, output: Path) -> dict[str, list[object]]:
         folder / "labels.tif",
         folder / "m.safetensors",
     )
-    of = ["--checkpoint", checkpoint]
+    of = ["--checkpoint", checkpoint, "--device", "cpu"]
     evaluate = ["evaluate", "--images", images, "--labels", labels, "--json"]
     calls: dict[str, list[object]] = {
         kind: [
@@ -54,7 +54,7 @@ def commands(folder: Path, output: Path) -> dict[str, list[object]]:
     }
     calls["one page"] = ["predict", folder / "one.tif", *of, "-o", output / "one.tif"]
     calls["scores"] = [*evaluate, *of]
-    calls["bad checkpoint"] = [*evaluate, "--checkpoint", images]
+    calls["bad checkpoint"] = [*evaluate, "--checkpoint", images, "--device", "cpu"]
     calls["bad option"] = ["predict", images, *of, "--tile", "many"]
     calls["bad tile"] = ["predict", images, *of, "--tile", "61", "-o", output / "bad.tif"]
     # of two processes the second finds it

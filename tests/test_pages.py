@@ -9,10 +9,11 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
-import zarr
 from PIL import Image
 
 from fastunet.pages import DataError, open_pages
+
+zarr: Any = pytest.importorskip("zarr", reason="zarr is not installed")
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (5, 37, 41), dtype=np.uint8)

@@ -21,7 +21,7 @@ needs_triton = pytest.mark.skipif(
 )
 
 WIDE = Problem("forward", torch.bfloat16, 1, 0, 64, 64, 568, 568, pool=True)
-TINY = Problem("forward", torch.float32, 1, 8, 8, 64, 8, 8, pool=True)
+TINY = Problem("forward", torch.float16, 1, 8, 8, 64, 8, 8, pool=True)
 TILE = Tile("tma", 64, 8, 8, 64, 4, 2)
 
 
@@ -133,7 +133,7 @@ def test_measures_and_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["data gradient", "weight gradient"])
 def test_measures_gradients(kind: tiles.Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    problem = Problem(kind, torch.float32, 1, 0, 8, 16, 9, 9)
+    problem = Problem(kind, torch.float16, 1, 0, 8, 16, 9, 9)
     tile = replace(TILE, block_h=1, block_w=16) if kind == "weight gradient" else TILE
     monkeypatch.setattr(tiles, "candidates", lambda problem: [tile])
     for one in tune.measure(problem, device):

@@ -77,6 +77,10 @@ def bench(
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Images at once; repeatable.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two minutes on a laptop.")] = False,
+    only: Annotated[str, typer.Option(help="Cases whose names match this expression.")] = "",
+    without: Annotated[
+        str | None, typer.Option(help="Leave out contenders whose names match this.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File to write the rows to.")
     ] = None,
@@ -105,6 +109,8 @@ def bench(
         sizes=size or (),
         batches=batch or (),
         quick=quick,
+        only=only,
+        without=without,
         json_path=json_file,
         record_in=record,
         minutes=minutes,

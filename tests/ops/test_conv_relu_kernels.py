@@ -71,17 +71,23 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
+def on_grid(t: Tensor, step: float) -> Tensor:
+    """Multiples of ``step``, few enough that TF32 holds them, and sums of two, exactly."""
+    return (t / step).round() * step
+
+
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     b, c_skip, c, c_out, h, w, padding, _ = shape
     options: dict[str, Any] = {"dtype": dtype, "device": device}
 
     def images(*size: int) -> Tensor:
-        return torch.randn(size, **options).contiguous(memory_format=torch.channels_last)
+        images = on_grid(torch.randn(size, device=device), 2**-6).to(dtype)
+        return images.contiguous(memory_format=torch.channels_last)
 
     scale = (2 / (9 * (c_skip + c))) ** 0.5
     return {
         "x": images(b, c, h, w),
-        "weight": images(c_out, c_skip + c, 3, 3) * scale,
+        "weight": on_grid(images(c_out, c_skip + c, 3, 3).float() * scale, 2**-10).to(dtype),
         "bias": torch.randn(c_out, **options),
         "skip": images(b, c_skip, h + 5, w + 4) if c_skip else None,
         "padding": padding,
@@ -131,7 +137,7 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> N
     pool = bool(shape[-1])
     arguments = inputs(shape, dtype, device)
     got = forward(arguments, pool)
-    incoming = [torch.randn_like(y) for y in got]
+    incoming = [on_grid(torch.randn_like(y), 2**-6) for y in got]
     exact, exact_grads = eager_results(arguments, pool, incoming, torch.float64)
     plain, plain_grads = eager_results(arguments, pool, incoming, dtype)
     for y, eager_y, exact_y in zip(got, plain, exact, strict=True):
@@ -216,6 +222,7 @@ def test_library_where_no_tile(
     monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
 ) -> None:
     monkeypatch.setattr(tiles, "choose", lambda *_: None)
+    monkeypatch.setattr(gpu, "_allows_tf32", lambda: True)
     for shape in (LAYERS[1], (2, 8, 16, 24, 9, 12, 1, True)):
         check(shape, torch.float32, kernel_device)
 

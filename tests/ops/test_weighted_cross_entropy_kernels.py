@@ -205,6 +205,8 @@ def test_check_can_fail(
         "from .reference", "from fastunet.ops.weighted_cross_entropy.reference"
     )
     path = tmp_path / "mutant.py"
+    # an assertion that fails ends all use of a GPU
+    source = source.replace('"debug": True', '"debug": False')
     path.write_text(source.replace("_TOTAL_BLOCK = 1024", "_TOTAL_BLOCK = 1"))
     spec = importlib.util.spec_from_file_location("mutant", path)
     assert spec is not None

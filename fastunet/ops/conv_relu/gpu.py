@@ -173,6 +173,9 @@ def data_gradients(
         if need_skip and skip is not None:
             grad_skip = torch.ops.fastunet.crop_concat_bwd(grad, skip)
         return grad_x, grad_skip
+    if skip is not None and max(c, x.shape[1]) <= 64 < tile.block_n:
+        # skip and x are written one after the other, each with its own channels
+        tile = replace(tile, block_n=64, warps=4)
     if need_x:
         grad_x = torch.empty_like(x)
         data_gradient(masked, weight[:, c:], padding, grad_x, tile, mask)

@@ -8,7 +8,7 @@ so that each pixel makes four, by a product with a matrix of [C, 4 C_out].
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..conv_relu.reference import convolution_gradients
+from ..conv_relu.reference import convolution_gradients, laid_out_like
 
 
 def up_conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -28,4 +28,11 @@ def library_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Those that PyTorch computes."""
-    return convolution_gradients(grad, x, weight, 0, needed, stride=2, transposed=True)
+    grad_x, grad_weight, grad_bias = convolution_gradients(
+        grad, x, weight, 0, needed, stride=2, transposed=True
+    )
+    return (
+        laid_out_like(grad_x, x) if needed[0] else grad_x,
+        laid_out_like(grad_weight, weight) if needed[1] else grad_weight,
+        grad_bias,
+    )

@@ -36,8 +36,8 @@ def weighted_cross_entropy_reference(
         gradient of 1 if that was asked for and ``stores_gradient``, else [0].
     """
     exact = _widened(logits)
-    # without pixel weights the sum needs no loss a pixel
-    summed = pixel_weight is None and reduction != "none"
+    # without pixel weights the sum needs no loss a pixel; a GPU's own sum is not deterministic
+    summed = pixel_weight is None and reduction != "none" and not logits.is_cuda
     loss = F.cross_entropy(
         exact,
         target.long(),
