@@ -65,7 +65,7 @@ inline Tensor view(const Matrices<float>& of, int64_t rows, int64_t columns, int
 
 // m = a b, or m + a b to accumulate.
 inline void multiply(const Tensor& a, const Tensor& b, const Tensor& m, bool accumulate) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_baddbmm_out(m.get(), m.get(), a.get(), b.get(), accumulate ? 1.0 : 0.0, 1.0));
 }
 
