@@ -72,8 +72,8 @@ def tune(
                 highlight=False,
             )
             for one in measured:
-                if one.refused:
-                    console.print(f"    {title(one.tile)} refused: {one.refused}", highlight=False)
+                found = f"refused: {one.refused}" if one.refused else f"{one.ms:.3g} ms"
+                console.print(f"    {title(one.tile)}: {found}", highlight=False)
             # what is found is kept, whatever interrupts the rest
             with replacing(path) as temporary:
                 temporary.write_text(tiles.text(choices), encoding="utf-8")
@@ -84,15 +84,14 @@ def problems(
     size: int, batch: int, dtype: torch.dtype, widths: tuple[int, ...] = PAPER_WIDTHS
 ) -> Iterator[Problem]:
     """The convolutions of the unpadded network, forward and backward."""
-    for arrow in arrows(size, widths):
-        if arrow.kind != "conv":
-            continue
+    for number, arrow in enumerate(a for a in arrows(size, widths) if a.kind == "conv"):
         c_all, out = arrow.c_skip + arrow.c_in, arrow.size - 2
         layer = (batch, arrow.c_skip, arrow.c_in, arrow.c_out, out, out)
         yield Problem("forward", dtype, *layer, arrow.pool)
         if c_all > 1:
-            turned = (batch, 0, arrow.c_out, c_all, arrow.size, arrow.size)
-            yield Problem("data gradient", dtype, *turned)
+            turned = (batch, arrow.c_skip, arrow.c_out, c_all, arrow.size, arrow.size)
+            # the second of a pair reads what a ReLU made
+            yield Problem("data gradient", dtype, *turned, masked=number % 2 == 1)
         yield Problem("weight gradient", dtype, *layer)
 
 
@@ -101,7 +100,7 @@ def measure(problem: Problem, device: torch.device) -> list[Measurement]:
     run = _runner(problem, device)
     candidates: list[Tile | None] = [None, *tiles.candidates(problem)]
     if problem.kind == "forward" and device.type == "cuda":
-        candidates.append(Tile("cudnn"))
+        candidates.append(tiles.LIBRARY_FUSED)
     want = run(None)
     measured: dict[Tile | None, Measurement] = {}
     admitted: list[Tile | None] = []
@@ -142,7 +141,7 @@ def _runner(p: Problem, device: torch.device) -> Callable[[Tile | None], tuple[T
 
     turned = p.kind == "data gradient"
     height, width = (n if turned else n + 2 for n in (p.height, p.width))
-    c_out, c_in = (p.c, p.c_out) if turned else (p.c_out, p.c)
+    c_out, c_in = (p.c, p.c_out - p.c_skip) if turned else (p.c_out, p.c)
 
     def images(channels: int, height: int, width: int, seed: int) -> Tensor:
         drawn = noise((p.b, channels, height, width), device, p.dtype, seed=seed)
@@ -161,8 +160,8 @@ def _runner(p: Problem, device: torch.device) -> Callable[[Tile | None], tuple[T
         return lambda tile: gpu.forward(x, weight, bias, 0, skip, p.pool, tile)
     if turned:
         masked[0, 0, height // 2, width // 2] = float("nan")
-        needed = [True, False]
-        return lambda tile: gpu.data_gradients(masked, x, weight, None, 0, None, needed, tile)
+        mask, needed = x if p.masked else None, [True, skip is not None]
+        return lambda tile: gpu.data_gradients(masked, x, weight, skip, 0, mask, needed, tile)
     return lambda tile: (gpu.weight_gradients(masked, x, weight, skip, 0, tile),)
 
 

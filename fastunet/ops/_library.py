@@ -61,10 +61,17 @@ def register_triton(name: str, module: str) -> None:
     if importlib.util.find_spec("triton") is None:
         return
 
+    function: Callable[..., object] | None = None
+
     def launch(*args: object) -> object:
+        nonlocal function
+        if function is None:
+            function = getattr(import_module(module), f"{name}_triton")
+        device = next(arg.get_device() for arg in args if isinstance(arg, Tensor))
         # Triton launches on the current device
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        if device == torch.cuda.current_device():
+            return function(*args)
         with torch.cuda.device(device):
-            return getattr(import_module(module), f"{name}_triton")(*args)
+            return function(*args)
 
     LIBRARY.impl(name, launch, "CUDA")

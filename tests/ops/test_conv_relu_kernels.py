@@ -31,7 +31,7 @@ TILES = {
     ("pointer", "weight gradient"): Tile("pointer", 64, 1, 64, 128, 4, 2),
 }
 KERNELS = ["tma", "pointer"]
-LIBRARY = {name: getattr(gpu, name) for name in ("_library_forward", "_library_gradients")}
+LIBRARY = {name: getattr(gpu, name) for name in ("_library_forward", "convolution_gradients")}
 # the interpreter's bfloat16 is wrong
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 
@@ -65,6 +65,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         return library
 
     monkeypatch.setattr(tiles, "choose", choose)
+    monkeypatch.setattr(gpu, "CHOSEN", {})
     for name in LIBRARY:
         monkeypatch.setattr(gpu, name, guarded(name))
     monkeypatch.setattr(gpu, "_allows_tf32", lambda: True)
@@ -222,6 +223,7 @@ def test_library_where_no_tile(
     monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
 ) -> None:
     monkeypatch.setattr(tiles, "choose", lambda *_: None)
+    monkeypatch.setattr(gpu, "CHOSEN", {})
     monkeypatch.setattr(gpu, "_allows_tf32", lambda: True)
     for shape in (LAYERS[1], (2, 8, 16, 24, 9, 12, 1, True)):
         check(shape, torch.float32, kernel_device)
@@ -279,6 +281,7 @@ def test_check_can_fail(
         if function is not None:
             monkeypatch.setattr(gpu, name, function)
     monkeypatch.setattr(tiles, "choose", lambda problem, *_: TILES["tma", problem.kind])
+    monkeypatch.setattr(gpu, "CHOSEN", {})
     monkeypatch.setattr(gpu, "_allows_tf32", lambda: True)
     with pytest.raises(AssertionError, match="is above"):
         check((1, 8, 16, 16, 12, 40, 0, True), torch.float32, kernel_device)

@@ -74,6 +74,52 @@ def test_forward_and_backward(
         assert b == 0 or tensor.is_contiguous(memory_format=layout)
 
 
+# the interpreter's bfloat16 is wrong
+@pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * torch.cuda.is_available())
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 64, 5, 7), (2, 24, 128, 6, 5), (1, 8, 64, 1, 1), (3, 136, 64, 9, 16)], ids=str
+)
+def test_kernel(
+    shape: tuple[int, ...], with_bias: bool, dtype: torch.dtype, kernel_device: torch.device
+) -> None:
+    from fastunet.ops.up_conv import gpu
+
+    arguments = inputs(shape, dtype, kernel_device)
+    if not with_bias:
+        arguments["bias"] = None
+    assert gpu.unsupported(arguments["x"], arguments["weight"]) is None
+    wide: dict[str, Any] = {n: None if t is None else t.double() for n, t in arguments.items()}
+    plain, exact = eager.up_conv(**arguments), eager.up_conv(**wide)
+    # the second launch is as planned by the first
+    for _ in range(2):
+        y = gpu.up_conv_triton(**arguments)
+        assert_as_accurate(y, plain, exact)
+    assert y.stride() == plain.stride()
+
+
+def test_bias_gradient_by_kernel(kernel_device: torch.device) -> None:
+    from fastunet.ops.up_conv import gpu
+
+    arguments = inputs((2, 16, 24, 9, 50), torch.float32, kernel_device)
+    grad = torch.randn(2, 24, 18, 100, device=kernel_device).to(memory_format=torch.channels_last)
+    got = gpu.up_conv_bwd_triton(grad, arguments["x"], arguments["weight"], [True, True, True])
+    want = results(eager.up_conv, arguments, grad)[1:]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_unsupported_by_kernel() -> None:
+    from fastunet.ops.up_conv import gpu
+
+    x, weight = (inputs((1, 64, 64, 5, 7), torch.float16)[name] for name in ("x", "weight"))
+    assert gpu.unsupported(x.float(), weight) is not None
+    assert gpu.unsupported(x[:, :60], weight) is not None
+    assert gpu.unsupported(x, weight[:, :32]) is not None
+    assert gpu.unsupported(x.contiguous(), weight) is not None
+    assert gpu.unsupported(x, weight.contiguous()) is not None
+
+
 @pytest.mark.parametrize("missing", [*NAMES, None])
 def test_only_asked_gradients(missing: str | None) -> None:
     arguments = inputs((2, 32, 16, 20, 20), torch.float64)

@@ -1,5 +1,6 @@
 """``conv_relu`` on GPUs: each of a layer's three convolutions by our kernel or the library's."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._triton import gpu
+from .._triton import MOST_PLANS, gpu, signature
 from ..crop_concat.reference import centre_crop
 from . import tiles
 from .reference import (
@@ -19,7 +20,7 @@ from .reference import (
     laid_out_like,
 )
 from .tiles import Problem, Tile
-from .triton_gradients import data_gradient, mask_gradient, weight_gradient
+from .triton_gradients import data_gradient, mask_gradient, sum_of_pixels, weight_gradient
 from .triton_kernels import convolve, why_not_tma
 
 
@@ -42,7 +43,7 @@ def conv_relu_triton(
     """As ``conv_relu_reference``."""
     if unsupported(x, weight, skip):
         return conv_relu_reference(x, weight, bias, padding, skip, *flags)
-    tile = choose(forward_problem(x, weight, padding, skip, False), x, weight, skip)
+    tile = _choose_forward(x, weight, padding, skip, False)
     return forward(x, weight, bias, padding, skip, False, tile)[0]
 
 
@@ -52,7 +53,7 @@ def conv_relu_pool_triton(
     """As ``conv_relu_pool_reference``."""
     if unsupported(x, weight, skip):
         return conv_relu_pool_reference(x, weight, bias, padding, skip, *flags)
-    tile = choose(forward_problem(x, weight, padding, skip, True), x, weight, skip)
+    tile = _choose_forward(x, weight, padding, skip, True)
     return forward(x, weight, bias, padding, skip, True, tile)
 
 
@@ -77,19 +78,26 @@ def conv_relu_bwd_triton(
     empty = x.new_empty(0)
     if grad_is_masked:
         masked = grad_y.contiguous(memory_format=torch.channels_last)
-        grad_bias = masked.sum((0, 2, 3)) if need_bias else empty
+        grad_bias = sum_of_pixels(masked) if need_bias else empty
     else:
         masked, grad_bias = mask_gradient(grad_y, grad_pooled, y, need_bias)
     grad_x = grad_skip = grad_weight = empty
     if need_x or need_skip:
-        tile = choose(data_problem(x, weight), x, masked, weight, skip)
+        tile = choose(
+            ("data", relu_made_x),
+            lambda: data_problem(x, weight, skip, relu_made_x),
+            *(x, masked, weight, skip),
+        )
         mask = x if relu_made_x else None
         grad_x, grad_skip = data_gradients(
             masked, x, weight, skip, padding, mask, [need_x, need_skip], tile
         )
     if need_weight:
-        problem = weight_problem(x, weight, padding, skip)
-        tile = choose(problem, x, masked, skip)
+        tile = choose(
+            ("weight", padding),
+            lambda: weight_problem(x, weight, padding, skip),
+            *(x, masked, skip),
+        )
         grad_weight = weight_gradients(masked, x, weight, skip, padding, tile)
     return grad_x, grad_weight, grad_bias, grad_skip
 
@@ -104,10 +112,11 @@ def forward_problem(
     return Problem("forward", x.dtype, *layer, pool)
 
 
-def data_problem(x: Tensor, weight: Tensor) -> Problem:
+def data_problem(x: Tensor, weight: Tensor, skip: Tensor | None, masked: bool) -> Problem:
     """The convolution whose result is the gradient of skip and x."""
     c_out, c_all = weight.shape[:2]
-    return Problem("data gradient", x.dtype, x.shape[0], 0, c_out, c_all, *x.shape[2:])
+    (b, _, height, width), c_skip = x.shape, 0 if skip is None else skip.shape[1]
+    return Problem("data gradient", x.dtype, b, c_skip, c_out, c_all, height, width, masked=masked)
 
 
 def weight_problem(x: Tensor, weight: Tensor, padding: int, skip: Tensor | None) -> Problem:
@@ -115,14 +124,40 @@ def weight_problem(x: Tensor, weight: Tensor, padding: int, skip: Tensor | None)
     return replace(forward_problem(x, weight, padding, skip, False), kind="weight gradient")
 
 
-def choose(problem: Problem, *images: Tensor | None) -> Tile | None:
-    """The kernel for ``problem``, or None for the library's."""
-    given = [image for image in images if image is not None]
-    device = given[0].device
-    tile = tiles.choose(problem, gpu(device).capability, tiles.cached(device))
-    if tile is not None and tile.kernel == "tma" and why_not_tma(*given):
-        return None
-    return tile
+# what was chosen for tensors of a signature: a choice takes as long as a small kernel runs
+CHOSEN: dict[tuple[Any, ...], Tile | None] = {}
+
+
+def choose(
+    key: tuple[Any, ...], problem: Callable[[], Problem], *tensors: Tensor | None
+) -> Tile | None:
+    """The kernel for ``problem``, or None for the library's.
+
+    Args:
+        key: all that the problem depends on besides ``tensors``.
+        problem: makes it, for what is new.
+        tensors: images that the kernel reads, and weights.
+    """
+    known = (key, signature(*tensors))
+    if known not in CHOSEN:
+        if len(CHOSEN) >= MOST_PLANS:
+            CHOSEN.clear()
+        given = [tensor for tensor in tensors if tensor is not None]
+        device = given[0].device
+        tile = tiles.choose(problem(), gpu(device).capability, tiles.cached(device))
+        unaligned = tile is not None and tile.kernel == "tma" and why_not_tma(*given)
+        CHOSEN[known] = None if unaligned else tile
+    return CHOSEN[known]
+
+
+def _choose_forward(
+    x: Tensor, weight: Tensor, padding: int, skip: Tensor | None, pool: bool
+) -> Tile | None:
+    return choose(
+        ("forward", padding, pool),
+        lambda: forward_problem(x, weight, padding, skip, pool),
+        *(x, weight, skip),
+    )
 
 
 def forward(
@@ -166,7 +201,14 @@ def data_gradients(
     c = weight.shape[1] - x.shape[1]
     grad_x = grad_skip = x.new_empty(0)
     if tile is None:
-        grad = _library_gradients(masked, x, weight, skip, padding, [True, False, False])[0]
+        # of what was convolved only the shape matters
+        size, layout = (x.shape[0], weight.shape[1], *x.shape[2:]), torch.channels_last
+        source = (
+            x
+            if skip is None
+            else torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+        )
+        grad = convolution_gradients(masked, source, weight, padding, [True, False, False])[0]
         if need_x:
             grad_x = laid_out_like(grad[:, c:], x)
             grad_x = grad_x if mask is None else mask_gradient(grad_x, None, mask, False)[0]
@@ -196,8 +238,9 @@ def weight_gradients(
 ) -> Tensor:
     """The gradient of ``weight``."""
     if tile is None:
+        source = x if skip is None else torch.ops.fastunet.crop_concat(skip, x)
         needed = [False, True, False]
-        grad = _library_gradients(masked, x, weight, skip, padding, needed)[1]
+        grad = convolution_gradients(masked, source, weight, padding, needed)[1]
     else:
         multiprocessors = gpu(x.device).multiprocessors
         grad = weight_gradient(masked, _sources(x, skip), padding, tile, multiprocessors)
@@ -223,18 +266,6 @@ def _library_forward(
     else:
         y = F.conv2d(source, weight, bias, padding=padding).relu_()
     return y.contiguous(memory_format=torch.channels_last)
-
-
-def _library_gradients(
-    masked: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    skip: Tensor | None,
-    padding: int,
-    needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    source = x if skip is None else torch.ops.fastunet.crop_concat(skip, x)
-    return convolution_gradients(masked, source, weight, padding, needed)
 
 
 def _allows_tf32() -> bool:

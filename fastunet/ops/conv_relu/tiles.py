@@ -51,10 +51,21 @@ class Tile:
         return self.block_h * self.block_w
 
 
-FEW_CHANNEL_TILES: dict[Kind, Tile] = {
-    "forward": Tile("pointer", 64, 1, 128, 16, 4, 2),
-    "weight gradient": Tile("pointer", 64, 1, 64, 16, 4, 3),
+FEW_CHANNEL_TILES: dict[Kind, list[Tile]] = {
+    "forward": [
+        Tile("pointer", 64, 1, 128, 16, 4, 2),
+        Tile("pointer", 64, 1, 64, 16, 4, 2),
+        Tile("pointer", 64, 1, 128, 16, 8, 2),
+        Tile("pointer", 64, 1, 256, 16, 8, 2),
+    ],
+    "weight gradient": [
+        Tile("pointer", 64, 1, 64, 16, 4, 3),
+        Tile("pointer", 64, 1, 128, 16, 4, 3),
+        Tile("pointer", 64, 1, 128, 16, 8, 3),
+    ],
 }
+# the library's convolution with bias and ReLU in one pass
+LIBRARY_FUSED = Tile("cudnn")
 
 
 @dataclass(frozen=True)
@@ -64,10 +75,11 @@ class Problem:
     Args:
         kind: of the three convolutions of a layer.
         dtype: of images and weights.
-        b, c_skip, c, c_out: batch and channels of skip, x and y; of a data gradient, of its own
-            input and output.
+        b, c_skip, c, c_out: batch and channels of skip, x and y; of a data gradient, of the skip
+            alone, of its own input and of its whole output.
         height, width: of what it writes; of a weight gradient, those of y.
         pool: the pooled copy is written too.
+        masked: of a data gradient, it is multiplied by a ReLU's mask.
     """
 
     kind: Kind
@@ -79,15 +91,16 @@ class Problem:
     height: int
     width: int
     pool: bool = False
+    masked: bool = False
 
     @property
     def key(self) -> str:
         """Its name in the cache."""
         dtype = str(self.dtype).removeprefix("torch.")
-        pool = " pool" if self.pool else ""
+        more = " pool" * self.pool + " masked" * self.masked
         return (
             f"{self.kind} {dtype} {self.b}x{self.height}x{self.width} "
-            f"{self.c_skip}+{self.c}->{self.c_out}{pool}"
+            f"{self.c_skip}+{self.c}->{self.c_out}{more}"
         )
 
 
@@ -103,21 +116,23 @@ def choose(
 def expected(problem: Problem, capability: tuple[int, int]) -> Tile | None:
     """The kernel that should be fastest by count, where nothing was measured."""
     if _has_few_channels(problem):
-        return FEW_CHANNEL_TILES[problem.kind]
+        return FEW_CHANNEL_TILES[problem.kind][0]
     aligned = all(
         n * problem.dtype.itemsize % 16 == 0 for n in (problem.c_skip, problem.c, problem.c_out)
     )
+    fuses = problem.kind == "forward" and aligned and capability >= (8, 0)
+    library = LIBRARY_FUSED if fuses else None
     if capability[0] not in DESCRIPTOR_MAJORS or not aligned or problem.kind == "weight gradient":
-        return None
+        return library
     if problem.c_out > WIDEST or (problem.c > WIDEST and problem.c_skip == 0):
-        return None
+        return library
     return candidates(problem)[0]
 
 
 def candidates(problem: Problem) -> list[Tile]:
     """What ``fastunet tune`` measures beside the library, the expected one first."""
     if _has_few_channels(problem):
-        return [FEW_CHANNEL_TILES[problem.kind]]
+        return FEW_CHANNEL_TILES[problem.kind]
     if problem.kind == "weight gradient":
         if problem.dtype == torch.float32:
             # both operands would have to be transposed, which only registers can
@@ -139,6 +154,8 @@ def candidates(problem: Problem) -> list[Tile]:
     return [
         Tile("tma", 128, *large, block_k, 8, 3),
         Tile("tma", 128, *small, block_k, 4, 4),
+        Tile("tma", 128, *large, block_k, 8, 4),
+        Tile("tma", 128, *small, block_k, 8, 4),
         Tile("pointer", 128, 1, 128, 32, 8, 3),
         *narrow,
     ]

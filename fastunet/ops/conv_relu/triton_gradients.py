@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton import At, Launch, Launcher
 from .tiles import Tile
-from .triton_kernels import block_pixels, blocks_of, convolve, descriptor
+from .triton_kernels import block_pixels, blocks_of, convolve, index_type, tiles_of
 
 
 @triton.jit
@@ -24,7 +25,7 @@ def _mask_kernel(
     grad_stride_b, grad_stride_c, grad_stride_h, grad_stride_w,
     pooled_stride_b, pooled_stride_c, pooled_stride_h, pooled_stride_w,
     y_stride_b, y_stride_c, y_stride_h, y_stride_w,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
 ):
     """m for BLOCK_C channels of BLOCK_P pixels, counted in 2x2 blocks, and its sum over them.
 
@@ -32,17 +33,19 @@ def _mask_kernel(
     """
     channel = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :].to(tl.int64)
     known = channel < channels
-    image, row, column, inside = block_pixels(batch, height, width, BLOCK_P, tl.program_id(0))
-    row, column, inside = row.to(tl.int64), column.to(tl.int64), inside[:, None] & known
+    program = tl.program_id(0).to(INDEX)
+    image, row, column, inside = block_pixels(batch, height, width, BLOCK_P, program)
+    image, row, column = image.to(tl.int64), row.to(tl.int64), column.to(tl.int64)
+    inside = inside[:, None] & known
     at = image * y_stride_b + row * y_stride_h + column * y_stride_w
     y = tl.load(y_ptr + at[:, None] + channel * y_stride_c, mask=inside, other=0.0)
     at = image * grad_stride_b + row * grad_stride_h + column * grad_stride_w
     grad = tl.load(grad_y_ptr + at[:, None] + channel * grad_stride_c, mask=inside, other=0.0)
     if grad_pooled_ptr is not None:
-        block = tl.program_id(0).to(tl.int64) * (BLOCK_P // 4) + tl.arange(0, BLOCK_P // 4)
+        block = program * (BLOCK_P // 4) + tl.arange(0, BLOCK_P // 4)
         block_image, block_row, block_column, whole = blocks_of(batch, height, width, block)
         at = (
-            block_image * pooled_stride_b
+            block_image.to(tl.int64) * pooled_stride_b
             + block_row.to(tl.int64) * pooled_stride_h
             + block_column.to(tl.int64) * pooled_stride_w
         )
@@ -113,6 +116,7 @@ def _grad_weight_pointer_kernel(
     source_stride_b, source_stride_c, source_stride_h, source_stride_w,
     C: tl.constexpr, PADDING: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     """BLOCK_O channels of m times BLOCK_C of the 9 C shifted channels of x, over steps runs of pixels.
 
@@ -124,11 +128,11 @@ def _grad_weight_pointer_kernel(
     tap, c = column // C, column % C
     acc = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
     for step in range(steps):
-        pixel = (split * steps + step).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+        pixel = (split * steps + step).to(INDEX) * BLOCK_P + tl.arange(0, BLOCK_P)
         image, at = pixel // (height * width), pixel % (height * width)
         inside = (image < batch)[:, None]
         masked = tl.load(
-            masked_ptr + pixel[:, None] * c_out + o[None, :],
+            masked_ptr + pixel.to(tl.int64)[:, None] * c_out + o[None, :],
             mask=inside & (o < c_out)[None, :],
             other=0.0,
         )
@@ -144,10 +148,8 @@ def _grad_weight_pointer_kernel(
         )
         source = tl.load(
             source_ptr
-            + image[:, None] * source_stride_b
-            + i * source_stride_h
-            + j * source_stride_w
-            + c[None, :].to(tl.int64) * source_stride_c,
+            + image.to(tl.int64)[:, None] * source_stride_b
+            + (i * source_stride_h + j * source_stride_w + c[None, :].to(INDEX) * source_stride_c),
             mask=there,
             other=0.0,
         )
@@ -156,22 +158,75 @@ def _grad_weight_pointer_kernel(
     tl.store(partial_ptr + at, acc, mask=(o < c_out)[:, None] & (column < 9 * C)[None, :])
 
 
+@triton.jit
+def _sum_kernel(
+    images_ptr, sums_ptr, pixels, channels, pixel_stride,
+    STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """The sums of BLOCK_C channels over STEPS blocks of pixels; each element is read once."""
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    known = (channel < channels)[None, :]
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for step in range(STEPS):
+        pixel = (tl.program_id(0).to(tl.int64) * STEPS + step) * BLOCK_P + tl.arange(0, BLOCK_P)
+        at = pixel[:, None] * pixel_stride + channel[None, :]
+        total += tl.load(images_ptr + at, mask=(pixel < pixels)[:, None] & known, other=0.0).to(tl.float32)
+    sums = tl.sum(total, 0, keep_dims=True)
+    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * channels + channel[None, :], sums, mask=known)
+
+
+_mask = Launcher(_mask_kernel)
+_sum = Launcher(_sum_kernel)
+_grad_weight_tma = Launcher(_grad_weight_tma_kernel)
+_grad_weight_pointer = Launcher(_grad_weight_pointer_kernel)
+# elements that a program of a pass over images has in registers, and how often
+BLOCK, SUM_STEPS = 4096, 8
+
+
 def mask_gradient(
     grad_y: Tensor, grad_pooled: Tensor | None, y: Tensor, need_sum: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradient before the ReLU, in channels_last, and with ``need_sum`` that of the bias."""
     b, channels, height, width = y.shape
     masked = torch.empty_like(y, memory_format=torch.channels_last)
-    block_c = min(64, max(16, triton.next_power_of_2(channels)))
-    block_p = 4096 // block_c
+    block_p, block_c = _block(channels)
     programs = triton.cdiv(4 * b * triton.cdiv(height, 2) * triton.cdiv(width, 2), block_p)
     sums = y.new_empty((programs, channels), dtype=torch.float32) if need_sum else None
-    _mask_kernel[(programs, triton.cdiv(channels, block_c))](
-        grad_y, grad_pooled, y, masked, sums, b, height, width, channels,
-        *grad_y.stride(), *(grad_y if grad_pooled is None else grad_pooled).stride(), *y.stride(),
-        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
-    )  # fmt: skip
+
+    def prepare() -> Launch:
+        arguments = [
+            At(0), None if grad_pooled is None else At(1), At(2), At(3), None if sums is None else At(4),
+            b, height, width, channels,
+            *grad_y.stride(), *(grad_y if grad_pooled is None else grad_pooled).stride(), *y.stride(),
+        ]  # fmt: skip
+        options = {"BLOCK_P": block_p, "BLOCK_C": block_c, "INDEX": index_type(grad_y, y), "num_warps": 4}
+        return Launch((programs, triton.cdiv(channels, block_c)), arguments, options)
+
+    _mask((grad_y, grad_pooled, y, masked, sums), (), prepare)
     return masked, y.new_empty(0) if sums is None else sums.sum(0).to(y.dtype)
+
+
+def sum_of_pixels(images: Tensor) -> Tensor:
+    """[C] of [B, C, H, W] in channels_last, in its dtype: the gradient of a bias."""
+    b, channels, height, width = images.shape
+    pixels = b * height * width
+    block_p, block_c = _block(channels)
+    programs = triton.cdiv(pixels, block_p * SUM_STEPS)
+    sums = images.new_empty((programs, channels), dtype=torch.float32)
+
+    def prepare() -> Launch:
+        options = {"STEPS": SUM_STEPS, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4}
+        grid = (programs, triton.cdiv(channels, block_c))
+        return Launch(grid, [At(0), At(1), pixels, channels, channels], options)
+
+    _sum((images, sums), (), prepare)
+    return sums.sum(0).to(images.dtype)
+
+
+def _block(channels: int) -> tuple[int, int]:
+    """Pixels and channels of a program."""
+    block_c = min(64, max(16, triton.next_power_of_2(channels)))
+    return BLOCK // block_c, block_c
 
 
 def data_gradient(
@@ -207,23 +262,28 @@ def weight_gradient(
     partial = masked.new_empty((splits, c_out, 9, c_all), dtype=torch.float32)
     first = 0
     for source, columns in zip(sources, tiles, strict=True):
-        c = source.shape[1]
-        blocks = {"C": c, "PADDING": padding, "BLOCK_O": tile.block_n, "BLOCK_C": tile.block_k}
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        options = {
+            "C": source.shape[1], "PADDING": padding, "BLOCK_O": tile.block_n, "BLOCK_C": tile.block_k,
+            "num_warps": tile.warps, "num_stages": tile.stages,
+        }  # fmt: skip
+        grid, key = (tiles_o * columns, splits), (first, steps, padding, tile)
         if tma:
-            _grad_weight_tma_kernel[(tiles_o * columns, splits)](
-                descriptor(masked, [1, 1, tile.block_w, tile.block_n]),
-                descriptor(source, [1, 1, tile.block_w, tile.block_k]),
-                partial, tiles_o, height, chunks, c_out, first, c_all,
-                STEPS=steps, BLOCK_W=tile.block_w, **blocks, **options,
-            )  # fmt: skip
+            pixels = [1, 1, tile.block_w]
+            launch = Launch(grid, [
+                tiles_of(0, [*pixels, tile.block_n]), tiles_of(1, [*pixels, tile.block_k]), At(2),
+                tiles_o, height, chunks, c_out, first, c_all,
+            ], {**options, "STEPS": steps, "BLOCK_W": tile.block_w})  # fmt: skip
+            _launch(_grad_weight_tma, (masked, source, partial), key, launch)
         else:
-            _grad_weight_pointer_kernel[(tiles_o * columns, splits)](
-                masked, source, partial,
-                b, *source.shape[2:], height, width, tiles_o, c_out, first, c_all, steps,
-                *source.stride(),
-                BLOCK_P=tile.pixels, PRECISION="tf32", **blocks, **options,
-            )  # fmt: skip
-        first += c
+            launch = Launch(grid, [
+                At(0), At(1), At(2), b, *source.shape[2:], height, width, tiles_o, c_out, first, c_all,
+                steps, *source.stride(),
+            ], {**options, "BLOCK_P": tile.pixels, "PRECISION": "tf32", "INDEX": index_type(masked, source)})  # fmt: skip
+            _launch(_grad_weight_pointer, (masked, source, partial), key, launch)
+        first += source.shape[1]
     grad = partial[0] if splits == 1 else partial.sum(0)
     return grad.to(masked.dtype).reshape(c_out, 3, 3, c_all).permute(0, 3, 1, 2)
+
+
+def _launch(launcher: Launcher, tensors: tuple[Tensor, ...], key: tuple[object, ...], launch: Launch) -> None:
+    launcher(tensors, key, lambda: launch)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .._triton import At, Described, Launch, Launcher, is_wide
 from .tiles import Tile
 
 
@@ -93,8 +94,11 @@ def _conv_relu_fwd_tma_kernel(
 
 @triton.jit
 def block_pixels(batch, height, width, BLOCK_P: tl.constexpr, program):
-    """Image, row and column of BLOCK_P pixels, counted in 2x2 blocks, and whether they exist."""
-    pixel = program.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    """Image, row and column of BLOCK_P pixels, counted in 2x2 blocks, and whether they exist.
+
+    ``program`` has as many bits as it takes to count all pixels.
+    """
+    pixel = program * BLOCK_P + tl.arange(0, BLOCK_P)
     image, row, column, _ = blocks_of(batch, height, width, pixel // 4)
     row = row * 2 + (pixel % 4 // 2).to(tl.int32)
     column = column * 2 + (pixel % 2).to(tl.int32)
@@ -116,14 +120,14 @@ def _add_gathered(
     acc, x_ptr, weight_ptr, image, row, column, channel, inside, in_height, in_width, c_out,
     x_stride_b, x_stride_c, x_stride_h, x_stride_w, w_stride_o, w_stride_c, w_stride_h, w_stride_w,
     C: tl.constexpr, PADDING: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):
     """Add one source's nine taps to acc, [pixels, BLOCK_N]."""
     # few channels: all taps in one block
     FLAT: tl.constexpr = 9 * C <= 64
     SIZE: tl.constexpr = 9 * C if FLAT else C
     BLOCKS: tl.constexpr = (SIZE + BLOCK_K - 1) // BLOCK_K
-    x_ptr += image[:, None] * x_stride_b
+    x_ptr += image.to(tl.int64)[:, None] * x_stride_b
     weight_ptr += channel[None, :].to(tl.int64) * w_stride_o
     for step in range(BLOCKS if FLAT else 9 * BLOCKS):
         k = step % BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -136,9 +140,7 @@ def _add_gathered(
         j = column[:, None] + (tap % 3)[None, :] - PADDING
         there = (i >= 0) & (i < in_height) & (j >= 0) & (j < in_width)
         at = (
-            i.to(tl.int64) * x_stride_h
-            + j.to(tl.int64) * x_stride_w
-            + c[None, :].to(tl.int64) * x_stride_c
+            i.to(INDEX) * x_stride_h + j.to(INDEX) * x_stride_w + c[None, :].to(INDEX) * x_stride_c
         )
         pixels = tl.load(x_ptr + at, mask=there & inside[:, None] & known[None, :], other=0.0)
         of = c.to(tl.int64) * w_stride_c + tap // 3 * w_stride_h + tap % 3 * w_stride_w
@@ -161,13 +163,14 @@ def _conv_relu_fwd_pointer_kernel(
     pooled_stride_b, pooled_stride_c, pooled_stride_h, pooled_stride_w,
     C_SKIP: tl.constexpr, C: tl.constexpr, PADDING: tl.constexpr, RELU: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     """BLOCK_N output channels of BLOCK_P pixels of the batch, which are counted in 2x2 blocks.
 
     Bytes as for tensor descriptors, in any layout.
     """
     channel = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    block = tl.program_id(0) // tiles_n
+    block = (tl.program_id(0) // tiles_n).to(INDEX)
     image, row, column, inside = block_pixels(batch, height, width, BLOCK_P, block)
 
     acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
@@ -175,12 +178,12 @@ def _conv_relu_fwd_pointer_kernel(
         acc = _add_gathered(
             acc, skip_ptr, weight_ptr, image, row, column, channel, inside, in_height, in_width,
             c_out, skip_stride_b, skip_stride_c, skip_stride_h, skip_stride_w, w_stride_o,
-            w_stride_c, w_stride_h, w_stride_w, C_SKIP, PADDING, BLOCK_K, PRECISION,
+            w_stride_c, w_stride_h, w_stride_w, C_SKIP, PADDING, BLOCK_K, PRECISION, INDEX,
         )
     acc = _add_gathered(
         acc, x_ptr, weight_ptr + C_SKIP * w_stride_c, image, row, column, channel, inside,
         in_height, in_width, c_out, x_stride_b, x_stride_c, x_stride_h, x_stride_w, w_stride_o,
-        w_stride_c, w_stride_h, w_stride_w, C, PADDING, BLOCK_K, PRECISION,
+        w_stride_c, w_stride_h, w_stride_w, C, PADDING, BLOCK_K, PRECISION, INDEX,
     )
     known = channel < c_out
     if bias_ptr is not None:
@@ -191,23 +194,23 @@ def _conv_relu_fwd_pointer_kernel(
     written = inside[:, None] & known[None, :]
     if mask_ptr is not None:
         at = (
-            image * mask_stride_b
+            image.to(tl.int64) * mask_stride_b
             + row.to(tl.int64) * mask_stride_h
             + column.to(tl.int64) * mask_stride_w
         )
         mask = tl.load(mask_ptr + at[:, None] + channel * mask_stride_c, mask=written, other=0.0)
         # as PyTorch: a NaN is not <= 0
         acc = tl.where(mask <= 0, 0.0, acc)
-    at = image * y_stride_b + row.to(tl.int64) * y_stride_h + column.to(tl.int64) * y_stride_w
+    at = image.to(tl.int64) * y_stride_b + row.to(tl.int64) * y_stride_h + column.to(tl.int64) * y_stride_w
     tl.store(
         y_ptr + at[:, None] + channel * y_stride_c, acc.to(y_ptr.dtype.element_ty), mask=written
     )
     if pooled_ptr is not None:
         pooled = tl.reduce(acc.reshape(BLOCK_P // 4, 4, BLOCK_N), 1, _larger)
-        first = block.to(tl.int64) * (BLOCK_P // 4) + tl.arange(0, BLOCK_P // 4)
+        first = block * (BLOCK_P // 4) + tl.arange(0, BLOCK_P // 4)
         image, row, column, whole = blocks_of(batch, height, width, first)
         at = (
-            image * pooled_stride_b
+            image.to(tl.int64) * pooled_stride_b
             + row.to(tl.int64) * pooled_stride_h
             + column.to(tl.int64) * pooled_stride_w
         )
@@ -269,40 +272,70 @@ def descriptor(images: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(pixels, list(pixels.shape), _strides(pixels), block)
 
 
+def index_type(*tensors: Tensor | None) -> tl.dtype:
+    """What counts the elements of the largest of these."""
+    return tl.int64 if is_wide(*tensors) else tl.int32
+
+
+def tiles_of(number: int, block: list[int]) -> Described:
+    """Those of the tensor of that number, as an argument."""
+    return Described(number, lambda images: descriptor(images, block))
+
+
+_tma = Launcher(_conv_relu_fwd_tma_kernel)
+_pointer = Launcher(_conv_relu_fwd_pointer_kernel)
+
+
 def _convolve_tma(sources, weight, bias, padding, y, tile, relu, mask, pooled):
-    (b, c_out, height, width), c_all = y.shape, weight.shape[1]
-    weight = weight.permute(0, 2, 3, 1).reshape(c_out, 9 * c_all)
-    pixels = [1, tile.block_h, tile.block_w]
-    descriptors = [descriptor(source, [*pixels, tile.block_k]) for source in sources]
-    tiles = [
-        triton.cdiv(size, block)
-        for size, block in ((c_out, tile.block_n), (height, tile.block_h), (width, tile.block_w))
-    ]
-    _conv_relu_fwd_tma_kernel[(b * tiles[0] * tiles[1] * tiles[2],)](
-        descriptors[0], descriptors[-1],
-        TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
-        bias, None if mask is None else descriptor(mask, [*pixels, tile.block_n]),
-        descriptor(y, [*pixels, tile.block_n]),
-        None if pooled is None else descriptor(pooled, [1, tile.block_h // 2, tile.block_w // 2, tile.block_n]),
-        *tiles,
-        C_SKIP=0 if len(sources) == 1 else sources[0].shape[1], C=sources[-1].shape[1], C_OUT=c_out,
-        PADDING=padding, RELU=relu, BLOCK_N=tile.block_n, BLOCK_H=tile.block_h, BLOCK_W=tile.block_w,
-        BLOCK_K=tile.block_k, PRECISION="tf32", num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    def prepare() -> Launch:
+        (b, c_out, height, width), c_all = y.shape, weight.shape[1]
+        pixels = [1, tile.block_h, tile.block_w]
+        tiles = [
+            triton.cdiv(size, block)
+            for size, block in ((c_out, tile.block_n), (height, tile.block_h), (width, tile.block_w))
+        ]
+        arguments = [
+            tiles_of(0, [*pixels, tile.block_k]), tiles_of(1, [*pixels, tile.block_k]),
+            Described(2, lambda weight: TensorDescriptor.from_tensor(
+                weight.permute(0, 2, 3, 1).reshape(c_out, 9 * c_all), [tile.block_n, tile.block_k]
+            )),
+            None if bias is None else At(3),
+            None if mask is None else tiles_of(4, [*pixels, tile.block_n]),
+            tiles_of(5, [*pixels, tile.block_n]),
+            None if pooled is None else tiles_of(6, [1, tile.block_h // 2, tile.block_w // 2, tile.block_n]),
+            *tiles,
+        ]  # fmt: skip
+        return Launch((b * tiles[0] * tiles[1] * tiles[2],), arguments, {
+            "C_SKIP": 0 if len(sources) == 1 else sources[0].shape[1], "C": sources[-1].shape[1], "C_OUT": c_out,
+            "PADDING": padding, "RELU": relu, "BLOCK_N": tile.block_n, "BLOCK_H": tile.block_h, "BLOCK_W": tile.block_w,
+            "BLOCK_K": tile.block_k, "PRECISION": "tf32", "num_warps": tile.warps, "num_stages": tile.stages,
+        })  # fmt: skip
+
+    key = (len(sources), padding, relu, tile)
+    _tma((sources[0], sources[-1], weight, bias, mask, y, pooled), key, prepare)
 
 
 def _convolve_pointer(sources, weight, bias, padding, y, tile, relu, mask, pooled):
-    b, c_out, height, width = y.shape
-    tiles_n = triton.cdiv(c_out, tile.block_n)
-    blocks = b * triton.cdiv(height, 2) * triton.cdiv(width, 2)
-    no_strides = (0,) * 4
-    _conv_relu_fwd_pointer_kernel[(tiles_n * triton.cdiv(4 * blocks, tile.pixels),)](
-        sources[0], sources[-1], weight, bias, mask, y, pooled,
-        b, *sources[-1].shape[2:], height, width, c_out, tiles_n,
-        *sources[0].stride(), *sources[-1].stride(), *weight.stride(),
-        *(no_strides if mask is None else mask.stride()),
-        *y.stride(), *(no_strides if pooled is None else pooled.stride()),
-        C_SKIP=0 if len(sources) == 1 else sources[0].shape[1], C=sources[-1].shape[1],
-        PADDING=padding, RELU=relu, BLOCK_N=tile.block_n, BLOCK_P=tile.pixels, BLOCK_K=tile.block_k,
-        PRECISION="tf32", num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    tensors = (sources[0], sources[-1], weight, bias, mask, y, pooled)
+
+    def prepare() -> Launch:
+        b, c_out, height, width = y.shape
+        tiles_n = triton.cdiv(c_out, tile.block_n)
+        blocks = b * triton.cdiv(height, 2) * triton.cdiv(width, 2)
+        no_strides = (0,) * 4
+        arguments = [
+            At(0), At(1), At(2), None if bias is None else At(3), None if mask is None else At(4), At(5),
+            None if pooled is None else At(6),
+            b, *sources[-1].shape[2:], height, width, c_out, tiles_n,
+            *sources[0].stride(), *sources[-1].stride(), *weight.stride(),
+            *(no_strides if mask is None else mask.stride()),
+            *y.stride(), *(no_strides if pooled is None else pooled.stride()),
+        ]  # fmt: skip
+        return Launch((tiles_n * triton.cdiv(4 * blocks, tile.pixels),), arguments, {
+            "C_SKIP": 0 if len(sources) == 1 else sources[0].shape[1], "C": sources[-1].shape[1],
+            "PADDING": padding, "RELU": relu, "BLOCK_N": tile.block_n, "BLOCK_P": tile.pixels, "BLOCK_K": tile.block_k,
+            "PRECISION": "tf32", "INDEX": index_type(*tensors), "num_warps": tile.warps, "num_stages": tile.stages,
+        })  # fmt: skip
+
+    key = (len(sources), padding, relu, tile)
+    _pointer(tensors, key, prepare)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._check import bad_value, check_floating, check_same_kind, check_shape, check_tensor, describe
-from .._library import LIBRARY, lower_precision, register_autocast
+from .._library import LIBRARY, lower_precision, register_autocast, register_triton
 from .onednn import up_conv_bwd_onednn, up_conv_onednn
 from .reference import up_conv_bwd_reference, up_conv_reference
 
@@ -20,6 +20,7 @@ for _name, _reference, _cpu in (
 ):
     LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
     LIBRARY.impl(_name, _cpu, "CPU")
+    register_triton(_name, "fastunet.ops.up_conv.gpu")
     torch.library.register_fake(f"fastunet::{_name}", _cpu, lib=LIBRARY)
 
 
