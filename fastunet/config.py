@@ -36,7 +36,8 @@ class Config:
         validate_every: steps between validations and checkpoints.
         patience: validations in a row without a lower loss that end the run; None to go on.
         deterministic: let PyTorch use deterministic algorithms alone, and fail where it has none.
-        cuda_graph: record the network's kernels and launch them together, on one GPU.
+        cuda_graph: record the network's kernels and launch them together; None for where that can
+            be, on one GPU without accumulation.
         seed: of weights, tiles, augmentation and dropout.
         augmentation: what is drawn for each tile.
     Raises: ValueError for values out of range.
@@ -64,7 +65,7 @@ class Config:
     validate_every: int = 250
     patience: int | None = None
     deterministic: bool = False
-    cuda_graph: bool = False
+    cuda_graph: bool | None = None
     seed: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
 

@@ -4,6 +4,7 @@ Small images and small networks take a GPU less time than launching their kernel
 recording is of one shape, and of the weights' places in memory, not of their values.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -13,11 +14,22 @@ from .devices import autocast
 
 # before a recording: libraries choose their kernels, and Triton compiles ours
 WARM_UP = 3
+# calls of a shape, where nobody asked for a recording
+PATIENCE = 2
 
 
 def unsupported(device: torch.device) -> str | None:
     """What a recording takes instead of a network on ``device``, or None if it takes that."""
     return None if device.type == "cuda" else f"a network on a CUDA device, got {device}"
+
+
+def unsupported_in_training(model: nn.Module, processes: int) -> str | None:
+    """What a recording takes instead of training ``model``, or None if it takes that."""
+    if processes > 1:
+        return f"one process, got {processes}"
+    if getattr(model, "recompute", False):
+        return "a network without recompute, which looks random states up"
+    return unsupported(next(model.parameters()).device)
 
 
 class Recorded:
@@ -26,15 +38,21 @@ class Recorded:
     Args:
         network: takes images and gives a tensor, without gradients; its weights stay where they
             are.
+        patience: calls of a shape that run as they are before one is recorded, which takes as
+            long as some more.
     """
 
-    def __init__(self, network: Callable[[Tensor], Tensor]) -> None:
-        self._network = network
+    def __init__(self, network: Callable[[Tensor], Tensor], patience: int = 0) -> None:
+        self._network, self._patience = network, patience
+        self._calls: Counter[object] = Counter()
         self._recordings: dict[object, tuple[Callable[[], None], Tensor, Tensor]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         """What the network gives for ``x`` [B, C, H, W]; the next call overwrites the result."""
         key = (x.shape, x.dtype)
+        self._calls[key] += 1
+        if self._calls[key] <= self._patience:
+            return self._network(x)
         if key not in self._recordings:
             source = x.clone(memory_format=torch.channels_last)
             self._recordings[key] = self._record(source)

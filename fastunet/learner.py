@@ -47,6 +47,9 @@ class Learner:
         self.network: nn.Module = model
         if distributed.count() > 1:
             self.network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self._records = config.cuda_graph
+        if config.cuda_graph is None and config.accumulate == 1:
+            self._records = not graphs.unsupported_in_training(model, distributed.count())
         self._pairs = [pair for pair in model.modules() if isinstance(pair, ConvPair)]
         if distributed.count() * config.accumulate > 1:
             for pair in self._pairs:
@@ -59,7 +62,7 @@ class Learner:
 
     def forward(self, images: Tensor, first: int) -> Tensor:
         """Logits of a part of the batch, which begins with the batch's sample ``first``."""
-        if self.config.cuda_graph and self.network is self.model:
+        if self._records and self.network is self.model:
             dtype = autocast_dtype(images.device, self.config.precision)
             self.network = graphs.recorded_for_training(self.model, images, dtype)
         # each part starts the noise of the whole batch anew

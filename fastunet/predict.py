@@ -47,7 +47,7 @@ def predict(
     output: Output = "probability",
     autocast: torch.dtype | None = None,
     tta: bool = False,
-    cuda_graph: bool = False,
+    cuda_graph: bool | None = None,
     progress: Progress | None = None,
 ) -> NDArray[Any]:
     """Segment one image.
@@ -69,7 +69,7 @@ def predict(
             stay equal; a turned image gives the turned result where its pooling grid is turned
             onto itself, as that of any size that fits the network is.
         cuda_graph: record the network's kernels for each size of a batch and launch them together,
-            on a GPU; gains where tiles are many and small.
+            on a GPU; gains where tiles are many and small. None for sizes that come often.
         progress: called with the number of tiles done and of all tiles.
     Returns: softmax probabilities [K, H, W] float32, or the most probable class [H, W] uint8
         (uint16 for more than 256 classes). A network of one class, or with a sigmoid, gives each
@@ -104,7 +104,7 @@ def predict_pages(
     batch: int = 1,
     autocast: torch.dtype | None = None,
     tta: bool = False,
-    cuda_graph: bool = False,
+    cuda_graph: bool | None = None,
     instances: Callable[[NDArray[np.float32]], NDArray[np.integer[Any]]] | None = None,
     overlay: str | Path | None = None,
     progress: Progress | None = None,
@@ -227,18 +227,20 @@ def _running(
     finish: Callable[[Tensor], Tensor],
     autocast: torch.dtype | None,
     tta: bool,
-    cuda_graph: bool,
+    cuda_graph: bool | None,
 ) -> Iterator[Run]:
     """What makes results of tiles: in evaluation mode, with weights that are converted once."""
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
-    with _evaluating(model), autocast_context(device, autocast, cached=not cuda_graph):
+    records = device.type == "cuda" if cuda_graph is None else cuda_graph
+    with _evaluating(model), autocast_context(device, autocast, cached=not records):
         weights = lowered(model, autocast)
 
         def probability(x: Tensor) -> Tensor:
             return _probability(model, functional_call(model, weights, x).float())
 
-        network = graphs.Recorded(probability) if cuda_graph else probability
+        patience = 0 if cuda_graph else graphs.PATIENCE
+        network = graphs.Recorded(probability, patience) if records else probability
 
         def run(tiles: NDArray[np.float32]) -> NDArray[Any]:
             x = torch.from_numpy(tiles).to(device, dtype, memory_format=torch.channels_last)
@@ -379,7 +381,9 @@ def _image(image: object) -> NDArray[np.float32]:
     return array.astype(np.float32, copy=False)[(None,) * (3 - array.ndim)]
 
 
-def _check(model: UNet, shape: Sequence[int], name: str, batch: int, cuda_graph: bool) -> None:
+def _check(
+    model: UNet, shape: Sequence[int], name: str, batch: int, cuda_graph: bool | None
+) -> None:
     if shape[0] != model.in_channels:
         raise ValueError(
             f"predict: {name} must have {model.in_channels} channels as the network takes, "

@@ -313,15 +313,10 @@ def _check(model: UNet, config: Config) -> slice:
             f"train: tile must fit the network, got {config.tile} pixels; the next that fits: "
             f"{model.fitting_size(config.tile)}"
         )
-    if config.cuda_graph:
-        device = next(model.parameters()).device
-        why_not = graphs.unsupported(device)
-        if distributed.count() > 1:
-            why_not = f"one process, got {distributed.count()}"
-        elif model.recompute:
-            why_not = "a network without recompute, which looks random states up"
-        if why_not:
-            raise ValueError(f"train: cuda_graph takes {why_not}")
+    if config.cuda_graph and (
+        why_not := graphs.unsupported_in_training(model, distributed.count())
+    ):
+        raise ValueError(f"train: cuda_graph takes {why_not}")
     return distributed.share(config.batch, config.accumulate)
 
 

@@ -94,6 +94,7 @@ def _main(module: str, capability: int) -> None:
     from triton.runtime.jit import JITFunction
 
     from fastunet.ops import _triton
+    from fastunet.ops.conv_relu.tiles import Gpu
 
     class NoGpu:
         def get_current_target(self) -> Any:
@@ -107,7 +108,7 @@ def _main(module: str, capability: int) -> None:
 
     driver.set_active(NoGpu())
     multiprocessors = GPUS[capability]
-    _triton.gpu = lambda device: _triton.Gpu((capability // 10, capability % 10), multiprocessors)  # type: ignore[assignment]
+    _triton.gpu = lambda device: Gpu((capability // 10, capability % 10), multiprocessors)  # type: ignore[assignment]
     launch_of = JITFunction.run
     found: list[Any] = []
 

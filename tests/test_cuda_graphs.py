@@ -55,6 +55,21 @@ def test_each_shape_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recorded == [(2, 1, 5, 6), (1, 1, 5, 6), (1, 1, 6, 5)]
 
 
+def test_records_what_comes_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = []
+
+    def record(self: Recorded, source: Tensor) -> tuple[Callable[[], None], Tensor, Tensor]:
+        recorded.append(source.shape)
+        return lambda: None, source, source
+
+    monkeypatch.setattr(Recorded, "_record", record)
+    network = Recorded(lambda x: x.clone(), patience=2)
+    for size in (5, 5, 6, 5, 5, 6):
+        x = torch.randn(1, 1, size, size)
+        assert torch.equal(network(x), x)
+    assert recorded == [(1, 1, 5, 5)]
+
+
 def test_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"predict: cuda_graph takes .* CUDA device, got cpu"):
         predict(network(), image(60, 60), cuda_graph=True)
@@ -76,7 +91,7 @@ def test_predicts_the_same(options: dict[str, Any], autocast: torch.dtype | None
     # a last batch of another size, and pages of other sizes
     for size in ((90, 130), (70, 70)):
         for tta in (False, True):
-            plain, recorded = (
+            plain, recorded, often = (
                 predict(
                     model,
                     image(*size),
@@ -86,9 +101,10 @@ def test_predicts_the_same(options: dict[str, Any], autocast: torch.dtype | None
                     tta=tta,
                     cuda_graph=cuda_graph,
                 )
-                for cuda_graph in (False, True)
+                for cuda_graph in (False, True, None)
             )
             assert np.array_equal(plain, recorded)
+            assert np.array_equal(plain, often)
 
 
 @needs_gpu

@@ -61,8 +61,12 @@ def predict(
     batch: Annotated[int, typer.Option(help="Tiles at once.")] = 1,
     tta: Tta = False,
     cuda_graph: Annotated[
-        bool, typer.Option("--cuda-graph", help="Launch the network's kernels together, on a GPU.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--cuda-graph/--no-cuda-graph",
+            help="Launch the network's kernels together; by default where a GPU can.",
+        ),
+    ] = None,
     precision: Precision = "float32",
     device: Device = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,

@@ -115,9 +115,12 @@ def train(
         bool, typer.Option("--deterministic", help="PyTorch's deterministic algorithms alone.")
     ] = False,
     cuda_graph: Annotated[
-        bool,
-        typer.Option("--cuda-graph", help="Launch the network's kernels together, on one GPU."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--cuda-graph/--no-cuda-graph",
+            help="Launch the network's kernels together; by default where a GPU can.",
+        ),
+    ] = None,
     device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write events too.")] = False,

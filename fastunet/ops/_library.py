@@ -8,6 +8,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 LIBRARY = torch.library.Library("fastunet", "DEF")
 
 CastPolicy = Callable[[str, tuple[Tensor, ...]], torch.dtype]
@@ -53,12 +54,29 @@ def register_autocast(name: str, policy: CastPolicy) -> None:
         LIBRARY.impl(name, cast, key)
 
 
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a call on these is seen by the operator alone.
+
+    There are no gradients, no subclasses, and no autocast, transform, mode, tracing or compilation.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and not torch.is_autocast_enabled("cuda")
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def register_triton(name: str, module: str) -> None:
     """Let GPUs run operator ``name`` by ``<name>_triton`` of ``module``, where Triton is installed.
 
     The module is imported by the first call: it imports Triton, which takes longer than all else.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return
 
     function: Callable[..., object] | None = None

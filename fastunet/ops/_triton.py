@@ -9,21 +9,10 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .conv_relu.tiles import Gpu
+
 # launches that are remembered; networks have a few dozen a size of image
 MOST_PLANS = 4096
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU as the choice of a kernel sees it.
-
-    Args:
-        capability: compute capability, (9, 0) for Hopper; (0, 0) where it is not NVIDIA's.
-        multiprocessors: how many programs run at once, if each fills one.
-    """
-
-    capability: tuple[int, int]
-    multiprocessors: int
 
 
 @cache
@@ -121,6 +110,7 @@ class Launcher:
         tensors: tuple[Tensor | None, ...],
         key: tuple[Any, ...],
         prepare: Callable[[], Launch],
+        signed: tuple[Any, ...] | None = None,
     ) -> None:
         """Launch what ``prepare`` describes.
 
@@ -128,8 +118,9 @@ class Launcher:
             tensors: those that the arguments' numbers mean.
             key: all else that ``prepare`` depends on.
             prepare: called for what is new.
+            signed: the signature of those tensors that all others follow from.
         """
-        known = (key, signature(*tensors))
+        known = (key, signed or signature(*tensors))
         plan = self._plans.get(known)
         if plan is None:
             self._first(known, tensors, prepare())

@@ -134,11 +134,22 @@ def eager_results(
     return outputs, dict(zip(leaves, grads, strict=True))
 
 
+def _has_clear_maximum(arguments: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """Where pooling's winner is no matter of rounding."""
+    wide = {n: v.double() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    y = eager.conv_relu(**wide)
+    blocks = y[:, :, : y.shape[2] // 2 * 2, : y.shape[3] // 2 * 2].unfold(2, 2, 2).unfold(3, 2, 2)
+    first, second = blocks.flatten(4).topk(2).values.unbind(-1)
+    return first - second > 8 * torch.finfo(dtype).eps * first
+
+
 def check(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     pool = bool(shape[-1])
     arguments = inputs(shape, dtype, device)
     got = forward(arguments, pool)
     incoming = [on_grid(torch.randn_like(y), 2**-6) for y in got]
+    if pool:
+        incoming[1] *= _has_clear_maximum(arguments, dtype)
     exact, exact_grads = eager_results(arguments, pool, incoming, torch.float64)
     plain, plain_grads = eager_results(arguments, pool, incoming, dtype)
     for y, eager_y, exact_y in zip(got, plain, exact, strict=True):

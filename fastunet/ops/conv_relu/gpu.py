@@ -43,7 +43,7 @@ def conv_relu_triton(
     """As ``conv_relu_reference``."""
     if unsupported(x, weight, skip):
         return conv_relu_reference(x, weight, bias, padding, skip, *flags)
-    tile = _choose_forward(x, weight, padding, skip, False)
+    tile = _choose_forward(x, weight, bias, padding, skip, False)
     return forward(x, weight, bias, padding, skip, False, tile)[0]
 
 
@@ -53,7 +53,7 @@ def conv_relu_pool_triton(
     """As ``conv_relu_pool_reference``."""
     if unsupported(x, weight, skip):
         return conv_relu_pool_reference(x, weight, bias, padding, skip, *flags)
-    tile = _choose_forward(x, weight, padding, skip, True)
+    tile = _choose_forward(x, weight, bias, padding, skip, True)
     return forward(x, weight, bias, padding, skip, True, tile)
 
 
@@ -142,22 +142,57 @@ def choose(
     if known not in CHOSEN:
         if len(CHOSEN) >= MOST_PLANS:
             CHOSEN.clear()
+            PREPARED.clear()
         given = [tensor for tensor in tensors if tensor is not None]
         device = given[0].device
-        tile = tiles.choose(problem(), gpu(device).capability, tiles.cached(device))
+        tile = tiles.choose(problem(), gpu(device), tiles.cached(device))
         unaligned = tile is not None and tile.kernel == "tma" and why_not_tma(*given)
         CHOSEN[known] = None if unaligned else tile
     return CHOSEN[known]
 
 
 def _choose_forward(
-    x: Tensor, weight: Tensor, padding: int, skip: Tensor | None, pool: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: int,
+    skip: Tensor | None,
+    pool: bool,
 ) -> Tile | None:
-    return choose(
+    tile = choose(
         ("forward", padding, pool),
         lambda: forward_problem(x, weight, padding, skip, pool),
         *(x, weight, skip),
     )
+    # of float32 the choice depends on TF32
+    if x.is_cuda and x.dtype != torch.float32:
+        PREPARED[padding, pool, signature(x, weight, bias, skip)] = tile
+    return tile
+
+
+# kernels of calls that were checked, by padding, pool and the signature of x, weight, bias and skip
+PREPARED: dict[tuple[Any, ...], Tile | None] = {}
+
+
+def prepared(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: int,
+    skip: Tensor | None,
+    pool: bool,
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """The operator's result for what it was called with before, else None.
+
+    Checks and dispatch, which small images spend more time on than on the convolution, are left
+    out.
+    """
+    signed = signature(x, weight, bias, skip)
+    known = (padding, pool, signed)
+    if known not in PREPARED or x.get_device() != torch.cuda.current_device():
+        return None
+    y, pooled = forward(x, weight, bias, padding, skip, pool, PREPARED[known], signed)
+    return (y, pooled) if pool else y
 
 
 def forward(
@@ -168,6 +203,7 @@ def forward(
     skip: Tensor | None,
     pool: bool,
     tile: Tile | None,
+    signed: tuple[Any, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y and its pooled copy, which is empty without ``pool``."""
     b, _, height, width = x.shape
@@ -182,7 +218,8 @@ def forward(
 
     y = images(height, width)
     pooled = images(height // 2, width // 2) if pool else None
-    convolve(_sources(x, skip), weight, bias, padding, y, tile, relu=True, pooled=pooled)
+    sources, signed = _sources(x, skip), signed or signature(x, weight, bias, skip)
+    convolve(sources, weight, bias, padding, y, tile, relu=True, pooled=pooled, signed=signed)
     return y, x.new_empty(0) if pooled is None else pooled
 
 
@@ -238,9 +275,15 @@ def weight_gradients(
 ) -> Tensor:
     """The gradient of ``weight``."""
     if tile is None:
-        source = x if skip is None else torch.ops.fastunet.crop_concat(skip, x)
-        needed = [False, True, False]
-        grad = convolution_gradients(masked, source, weight, padding, needed)[1]
+        # one after the other: no concatenation is made, and together they take no longer
+        parts, first = [], 0
+        for source in _sources(x, skip):
+            # of the weights only the shape matters
+            part = torch.empty_like(weight[:, first : first + source.shape[1]])
+            first += source.shape[1]
+            needed = [False, True, False]
+            parts.append(convolution_gradients(masked, source, part, padding, needed)[1])
+        grad = parts[0] if skip is None else torch.cat(parts, 1)
     else:
         multiprocessors = gpu(x.device).multiprocessors
         grad = weight_gradient(masked, _sources(x, skip), padding, tile, multiprocessors)

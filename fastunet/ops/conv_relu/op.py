@@ -13,7 +13,14 @@ from .._check import (
     check_tensor,
     describe,
 )
-from .._library import LIBRARY, lower_precision, register_autocast, register_triton
+from .._library import (
+    HAS_TRITON,
+    LIBRARY,
+    is_plain,
+    lower_precision,
+    register_autocast,
+    register_triton,
+)
 from .onednn import conv_relu_bwd_onednn, conv_relu_onednn, conv_relu_pool_onednn
 from .reference import (
     conv_relu_bwd_reference,
@@ -117,6 +124,9 @@ def conv_relu(
         shapes, devices or a padding that cannot work.
     Source: Ronneberger et al. 2015, figure 1.
     """
+    done = _prepared(x, weight, bias, padding, skip, pool)
+    if done is not None:
+        return done
     _check(x, weight, bias, padding, skip, pool)
     return (_CONV_RELU_POOL if pool else _CONV_RELU)(x, weight, bias, padding, skip)
 
@@ -152,11 +162,25 @@ def conv_relu_pair(
     Raises: as ``conv_relu``.
     Source: Ronneberger et al. 2015, figure 1.
     """
+    between = _prepared(x, weight1, bias1, padding, skip, False)
+    if between is not None:
+        return conv_relu(between, weight2, bias2, padding=padding, pool=pool)
     _check(x, weight1, bias1, padding, skip, False)
     between = _CONV_RELU(x, weight1, bias1, padding, skip, False, grad_is_masked=True)
     _check(between, weight2, bias2, padding, None, pool)
     operator = _CONV_RELU_POOL if pool else _CONV_RELU
     return operator(between, weight2, bias2, padding, None, relu_made_x=True)
+
+
+def _prepared(*arguments: Any) -> Any:
+    """The result of a plain call on a GPU like one before, else None."""
+    x, weight, bias, padding, skip, _ = arguments
+    on_gpu = HAS_TRITON and isinstance(x, Tensor) and x.is_cuda and isinstance(padding, int)
+    if not on_gpu or not is_plain(x, weight, bias, skip):
+        return None
+    from .gpu import prepared
+
+    return prepared(*arguments)
 
 
 def _check(

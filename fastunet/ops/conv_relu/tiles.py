@@ -1,7 +1,7 @@
 """Which kernel computes a convolution on a GPU: from a cache of measurements, or by a rule.
 
-The rule is what the counted bytes and operations of docs/maths/conv_relu.md lead to expect; nothing
-is measured or searched when a model runs. ``fastunet tune`` measures, and writes the cache.
+The rule was measured on one GPU; nothing is measured or searched when a model runs. ``fastunet
+tune`` measures on any other, and writes the cache.
 """
 
 import json
@@ -22,6 +22,25 @@ DESCRIPTOR_MAJORS = (9, 10)
 FEW_CHANNELS = 8
 # up to here the layer's own traffic weighs more than the library's better arithmetic
 WIDEST = 128
+# of small blocks: how often each multiprocessor takes one, where wider layers gain too
+FEW_TURNS = 2
+# pixels of a batch from which on a gradient's fused passes pay
+MANY_PIXELS = 300_000
+# how long a block of twice the pixels takes
+LARGE_TURN = 1.86
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as the choice of a kernel sees it.
+
+    Args:
+        capability: compute capability, (9, 0) for Hopper; (0, 0) where it is not NVIDIA's.
+        multiprocessors: how many programs run at once, if each fills one.
+    """
+
+    capability: tuple[int, int]
+    multiprocessors: int
 
 
 @dataclass(frozen=True)
@@ -104,33 +123,69 @@ class Problem:
         )
 
 
-def choose(
-    problem: Problem, capability: tuple[int, int], cached: dict[str, Tile | None]
-) -> Tile | None:
-    """The kernel for ``problem`` on a GPU of ``capability``; None is the library's own."""
+def choose(problem: Problem, gpu: Gpu, cached: dict[str, Tile | None]) -> Tile | None:
+    """The kernel for ``problem`` on ``gpu``; None is the library's own."""
     if problem.key in cached:
         return cached[problem.key]
-    return expected(problem, capability)
+    return expected(problem, gpu)
 
 
-def expected(problem: Problem, capability: tuple[int, int]) -> Tile | None:
-    """The kernel that should be fastest by count, where nothing was measured."""
+def expected(problem: Problem, gpu: Gpu) -> Tile | None:
+    """The kernel that should be fastest where nothing was measured.
+
+    By what was measured on an H200 with the layers of figure 1, docs/tuning-log.md.
+    """
     if _has_few_channels(problem):
         return FEW_CHANNEL_TILES[problem.kind][0]
     aligned = all(
         n * problem.dtype.itemsize % 16 == 0 for n in (problem.c_skip, problem.c, problem.c_out)
     )
-    fuses = problem.kind == "forward" and aligned and capability >= (8, 0)
-    library = LIBRARY_FUSED if fuses else None
-    if capability[0] not in DESCRIPTOR_MAJORS or not aligned or problem.kind == "weight gradient":
+    forward = problem.kind == "forward"
+    library = LIBRARY_FUSED if forward and aligned and gpu.capability >= (8, 0) else None
+    if gpu.capability[0] not in DESCRIPTOR_MAJORS or not aligned:
         return library
-    if problem.c_out > WIDEST or (problem.c > WIDEST and problem.c_skip == 0):
-        return library
-    return candidates(problem)[0]
+    if forward:
+        tile, turns = _least_turns(problem, gpu.multiprocessors)
+        # what the library would do besides: pool, or concatenate
+        fewer_passes = problem.pool or (
+            problem.c_skip > 0 and (problem.c_out <= WIDEST or turns <= FEW_TURNS)
+        )
+        return tile if fewer_passes else library
+    pixels = problem.b * problem.height * problem.width
+    fewer_passes = problem.masked or problem.c_skip > 0
+    if problem.kind == "data gradient" and fewer_passes:
+        narrow = problem.c <= WIDEST and problem.c_out <= 2 * WIDEST
+        if narrow and pixels >= MANY_PIXELS:
+            return _least_turns(problem, gpu.multiprocessors)[0]
+    return library
+
+
+def _least_turns(problem: Problem, multiprocessors: int) -> tuple[Tile, int]:
+    """The block whose programs keep the GPU busy for the least time, and how many turns it takes.
+
+    Multiprocessors take a block at a time; one twice as large takes ``LARGE_TURN`` times as long.
+    """
+    block_k = 128 // problem.dtype.itemsize
+    small, large = (_fit(pixels, problem) for pixels in (128, 256))
+    # with a skip a gradient has two parts, written one after the other
+    narrowest = min(problem.c_skip or problem.c_out, problem.c_out)
+    if narrowest <= 64:
+        return Tile("tma", 64, *small, block_k, 4, 4), _turns(problem, 64, small, multiprocessors)
+    turns = _turns(problem, 128, small, multiprocessors)
+    if LARGE_TURN * _turns(problem, 128, large, multiprocessors) < turns:
+        return Tile("tma", 128, *large, block_k, 8, 3), turns
+    return Tile("tma", 128, *small, block_k, 4, 4), turns
+
+
+def _turns(problem: Problem, block_n: int, block: tuple[int, int], multiprocessors: int) -> int:
+    programs = problem.b * -(-problem.c_out // block_n)
+    for size, length in zip((problem.height, problem.width), block, strict=True):
+        programs *= -(-size // length)
+    return -(-programs // multiprocessors)
 
 
 def candidates(problem: Problem) -> list[Tile]:
-    """What ``fastunet tune`` measures beside the library, the expected one first."""
+    """What ``fastunet tune`` measures beside the library."""
     if _has_few_channels(problem):
         return FEW_CHANNEL_TILES[problem.kind]
     if problem.kind == "weight gradient":

@@ -228,6 +228,7 @@ def convolve(
     padding: int, y: Tensor, tile: Tile, *, relu: bool,
     mask: Tensor | None = None,
     pooled: Tensor | None = None,
+    signed: tuple[object, ...] | None = None,
 ) -> None:
     """Write a 3x3 convolution into ``y`` and ``pooled``.
 
@@ -241,9 +242,10 @@ def convolve(
         relu: clamp at zero.
         mask: [B, C_out, H', W'], where it is not positive ``y`` becomes 0.
         pooled: [B, C_out, H' // 2, W' // 2].
+        signed: as of ``Launcher``.
     """
     launch = _convolve_tma if tile.kernel == "tma" else _convolve_pointer
-    launch(sources, weight, bias, padding, y, tile, relu, mask, pooled)
+    launch(sources, weight, bias, padding, y, tile, relu, mask, pooled, signed)
 
 
 def why_not_tma(*tensors: Tensor) -> str | None:
@@ -286,7 +288,7 @@ _tma = Launcher(_conv_relu_fwd_tma_kernel)
 _pointer = Launcher(_conv_relu_fwd_pointer_kernel)
 
 
-def _convolve_tma(sources, weight, bias, padding, y, tile, relu, mask, pooled):
+def _convolve_tma(sources, weight, bias, padding, y, tile, relu, mask, pooled, signed):
     def prepare() -> Launch:
         (b, c_out, height, width), c_all = y.shape, weight.shape[1]
         pixels = [1, tile.block_h, tile.block_w]
@@ -311,11 +313,11 @@ def _convolve_tma(sources, weight, bias, padding, y, tile, relu, mask, pooled):
             "BLOCK_K": tile.block_k, "PRECISION": "tf32", "num_warps": tile.warps, "num_stages": tile.stages,
         })  # fmt: skip
 
-    key = (len(sources), padding, relu, tile)
-    _tma((sources[0], sources[-1], weight, bias, mask, y, pooled), key, prepare)
+    key = (len(sources), padding, relu, tile, mask is None, pooled is None)
+    _tma((sources[0], sources[-1], weight, bias, mask, y, pooled), key, prepare, signed)
 
 
-def _convolve_pointer(sources, weight, bias, padding, y, tile, relu, mask, pooled):
+def _convolve_pointer(sources, weight, bias, padding, y, tile, relu, mask, pooled, signed):
     tensors = (sources[0], sources[-1], weight, bias, mask, y, pooled)
 
     def prepare() -> Launch:
@@ -337,5 +339,5 @@ def _convolve_pointer(sources, weight, bias, padding, y, tile, relu, mask, poole
             "PRECISION": "tf32", "INDEX": index_type(*tensors), "num_warps": tile.warps, "num_stages": tile.stages,
         })  # fmt: skip
 
-    key = (len(sources), padding, relu, tile)
-    _pointer(tensors, key, prepare)
+    key = (len(sources), padding, relu, tile, mask is None, pooled is None)
+    _pointer(tensors, key, prepare, signed)
