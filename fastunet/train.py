@@ -225,6 +225,13 @@ def fit(
         if writes:
             learner.save(folder / name, {**state, "resumes": run})
 
+    def cut(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Generator]:
+        images, labels = sample_tiles(
+            sections, config.tile, config.batch, margin, generator, part=mine, rare=rare
+        )
+        return images, labels, generator
+
+    tiles = None
     model.train()
     report = Report(
         folder / LOG if writes else None,
@@ -246,11 +253,12 @@ def fit(
             lost_patience = config.patience is not None and state["stale"] >= config.patience
             if step >= config.steps or lost_patience:
                 break
-            generator = _seed(config.seed, step)
+            of_dropout, generator = _seeds(config.seed, step)
+            torch.manual_seed(of_dropout)
             with phase("input"):
-                images, labels = sample_tiles(
-                    sections, config.tile, config.batch, margin, generator, part=mine, rare=rare
-                )
+                if tiles is None:
+                    tiles = cut(generator)
+                images, labels, generator = tiles
                 images, labels = augment(
                     images.to(device),
                     labels.to(device),
@@ -262,6 +270,9 @@ def fit(
             for group in learner.optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
             share = train_step(learner, images, labels, class_weight, config)
+            with phase("input"):
+                # while a GPU computes
+                tiles = cut(_seeds(config.seed, step + 1)[1])
             loss = float(distributed.add_up(share))
             if not isfinite(loss):
                 raise DivergedError(
@@ -351,11 +362,10 @@ def lost_pixels(model: UNet) -> int:
     return model.margin if model.padding == "valid" else 0
 
 
-def _seed(seed: int, step: int) -> torch.Generator:
-    """Seed dropout for this step, and return the generator of everything else."""
+def _seeds(seed: int, step: int) -> tuple[int, torch.Generator]:
+    """The seed of a step's dropout, and the generator of everything else."""
     draws = np.random.SeedSequence([seed, step]).generate_state(2, np.uint64)
-    torch.manual_seed(int(draws[0] >> 1))
-    return torch.Generator().manual_seed(int(draws[1] >> 1))
+    return int(draws[0] >> 1), torch.Generator().manual_seed(int(draws[1] >> 1))
 
 
 def _recent(history: list[dict[str, Any]], steps: int = 50) -> float:

@@ -280,7 +280,7 @@ def test_fused_and_eager_networks_learn_alike(em_folder: Path) -> None:
         weight = class_weights(sections, 2, "balanced")
         losses.append([])
         for step in range(config.steps):
-            generator = train_module._seed(0, step)
+            generator = train_module._seeds(0, step)[1]
             images, labels = sample_tiles(sections, 108, 1, model.margin, generator)
             images, labels = augment(images, labels, config.augmentation, generator)
             loss = train_step(learner, images, labels, weight, config)

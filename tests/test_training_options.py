@@ -299,8 +299,8 @@ def test_profile(tmp_path: Path) -> None:
     assert all(0 < time < 5000 for time in outcome.time_ms.values())
     events = json.loads((tmp_path / "trace" / TRACE).read_text())["traceEvents"]
     blocks = [e["name"] for e in events if e.get("cat") == "user_annotation"]
-    # steps 4 to 6, two parts each
-    assert blocks.count("fastunet.input") == 3
+    # steps 4 to 6, two parts each; tiles are cut a step ahead, and augmented
+    assert blocks.count("fastunet.input") == 6
     assert blocks.count("fastunet.backward") == 6
     same = zip(
         load_file(tmp_path / "plain" / LAST).values(),

@@ -136,7 +136,9 @@ def eager_results(
 
 def _has_clear_maximum(arguments: dict[str, Any], dtype: torch.dtype) -> Tensor:
     """Where pooling's winner is no matter of rounding."""
-    wide = {n: v.double() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    wide: dict[str, Any] = {
+        n: v.double() if isinstance(v, Tensor) else v for n, v in arguments.items()
+    }
     y = eager.conv_relu(**wide)
     blocks = y[:, :, : y.shape[2] // 2 * 2, : y.shape[3] // 2 * 2].unfold(2, 2, 2).unfold(3, 2, 2)
     first, second = blocks.flatten(4).topk(2).values.unbind(-1)
