@@ -10,14 +10,17 @@ import pytest
 import torch
 from fastunet_benchmarks.figure import arrows
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastunet.ops import eager
+from fastunet.ops._library import is_plain
 
 from ..accuracy import assert_as_accurate
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from fastunet.ops._triton import signature
 from fastunet.ops.conv_relu import gpu, tiles, triton_gradients, triton_kernels
 from fastunet.ops.conv_relu.tiles import Tile
 
@@ -248,6 +251,42 @@ def test_equal_bits(kernel: str, kernel_device: torch.device) -> None:
     first, second = (gradients(arguments, incoming) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name])
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_known_calls_need_no_dispatch(
+    pool: bool, kernel: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = inputs((1, 8, 16, 16, 12, 14, 0, pool), torch.float16, kernel_device)
+    call: list[Any] = [arguments[name] for name in ("x", "weight", "bias", "padding", "skip")]
+    prepared: Any = gpu.prepared
+    monkeypatch.setattr(gpu, "PREPARED", {})
+    if kernel_device.type == "cpu":
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    assert prepared(*call, pool) is None
+    signed = signature(*(arguments[name] for name in ("x", "weight", "bias", "skip")))
+    gpu.PREPARED[0, pool, signed] = TILES[kernel, "forward"]
+    got = prepared(*call, pool)
+    for ours, want in zip(got if pool else (got,), forward(arguments, pool), strict=True):
+        assert torch.equal(ours, want)
+    # another layout is another call
+    call[0] = call[0].contiguous()
+    assert prepared(*call, pool) is None
+
+
+def test_plain_calls() -> None:
+    x, weight = torch.zeros(1, 8, 8, 8), torch.nn.Parameter(torch.zeros(8, 8, 3, 3))
+    assert not is_plain(x, weight)
+    with torch.no_grad():
+        assert is_plain(x, weight, None)
+        assert not is_plain(FakeTensorMode().from_tensor(x))
+        assert not torch.func.vmap(lambda x: torch.tensor(is_plain(x)))(x).any()
+        with FakeTensorMode():
+            assert not is_plain(x)
+        with torch.autocast("cuda", torch.bfloat16, enabled=True):
+            assert is_plain(x) != torch.is_autocast_enabled("cuda")
+    with torch.inference_mode():
+        assert is_plain(x, weight)
 
 
 def test_unsupported() -> None:
