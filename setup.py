@@ -12,6 +12,7 @@ extension still loads under torch without CUDA. TORCH_CUDA_ARCH_LIST says for wh
 import os
 import re
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,6 @@ def native() -> dict[str, Any]:
                 "-ldl",
                 "-lrt",
                 "-lpthread",
-                # torch's own cudart is loaded too
-                "-Wl,--exclude-libs,libcudart_static.a",
                 # brings libtorch_cuda, which the linker does not see needed, where torch has it
                 "-Wl,--push-state,--no-as-needed",
                 "-ltorch",
@@ -155,6 +154,8 @@ def native() -> dict[str, Any]:
         depends=[str(path) for path in sorted(Path("csrc").rglob("*")) if path.is_file()],
         extra_compile_args={"cxx": FLAGS},
         py_limited_api=True,
+        # a static C++ runtime or CUDA runtime must not be taken for that of torch
+        extra_link_args=["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else [],
         # an editable install looks for the file otherwise
         optional=mode == "auto",
     )

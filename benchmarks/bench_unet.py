@@ -17,6 +17,7 @@ from .cases import (
     EAGER_LAYOUTS,
     MEMORY_FORMATS,
     OURS,
+    RECORDED,
     Call,
     Case,
     Contender,
@@ -150,7 +151,7 @@ def _case(batch: int, size: int, dtype: torch.dtype, training: bool, setting: Se
             *(() if training else engines(partial(network, ops.eager), dtype, setting)),
             Contender(OURS, prepare(ops, "channels_last"), "channels_last"),
             Contender(
-                f"{OURS}, CUDA graph",
+                RECORDED,
                 prepare(ops, "channels_last", recorded),
                 "channels_last",
                 backend="CUDA graph",

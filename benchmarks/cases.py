@@ -13,6 +13,8 @@ from fastunet.unet import UNet
 from .figure import PAPER_SIZE
 
 OURS = "fastunet"
+# the same kernels, recorded and launched together
+RECORDED = f"{OURS}, CUDA graph"
 EAGER_LAYOUTS = {"eager": "contiguous", "eager channels_last": "channels_last"}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # what a case's name may end in, after a comma

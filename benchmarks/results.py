@@ -13,7 +13,7 @@ import numpy as np
 from fastunet.files import replacing
 
 from . import plots, record
-from .cases import OURS
+from .cases import OURS, RECORDED
 from .figure import PAPER_SIZE
 from .record import Row, digits
 from .run import BENCHES
@@ -98,13 +98,14 @@ def with_section(page: str, kind: str, text: str) -> str:
 def _networks(cases: Sequence[Case]) -> Iterable[tuple[str, ...]]:
     """A line of the table for each case of the network."""
     for case in cases:
-        ours = _of(case, OURS)
-        if ours is None or ours.operator != "unet":
-            continue
-        batch, _, rest = ours.case.partition(" x ")
-        size = rest.split(", ")[1]
-        title = f"U-Net {ours.direction}, {batch} x {size}, {digits(ours.ms)} ms"
-        yield title, ours.dtype, *_ratios([case])
+        for name in (OURS, RECORDED):
+            ours = _of(case, name)
+            if ours is None or ours.operator != "unet":
+                continue
+            batch, _, rest = ours.case.partition(" x ")
+            graph = ", CUDA graph" if name == RECORDED else ""
+            title = f"U-Net {ours.direction}{graph}, {batch} x {rest.split(', ')[1]}"
+            yield f"{title}, {digits(ours.ms)} ms", ours.dtype, *_ratios([case], name)
 
 
 def _operators(cases: Sequence[Case]) -> Iterable[tuple[str, ...]]:
@@ -117,17 +118,15 @@ def _operators(cases: Sequence[Case]) -> Iterable[tuple[str, ...]]:
             yield f"{title}, {len(found)} cases", dtype, *_ratios(found)
 
 
-def _ratios(cases: list[Case]) -> tuple[str, str, str]:
+def _ratios(cases: list[Case], name: str = OURS) -> tuple[str, str, str]:
     """Over the baseline, over channels_last, over the fastest other."""
     baseline: list[float] = []
     channels_last: list[float] = []
     fastest: list[float] = []
     names = set()
     for case in cases:
-        ours = _of(case, OURS)
-        others = [row for row in case if row.contender != OURS]
+        ours, best = _of(case, name), _fastest_other(case)
         assert ours is not None
-        best = min(others, key=lambda row: row.ms or 0.0)
         names.add(best.contender)
         for found, row in (
             (baseline, _of(case, ours.baseline)),
@@ -136,8 +135,8 @@ def _ratios(cases: list[Case]) -> tuple[str, str, str]:
         ):
             if row is not None:
                 found.append((row.ms or 0.0) / (ours.ms or 1.0))
-    name = f" {names.pop()}" if len(names) == 1 else ""
-    return _spread(baseline), _spread(channels_last), _spread(fastest) + name
+    rival = f" {names.pop()}" if len(names) == 1 else ""
+    return _spread(baseline), _spread(channels_last), _spread(fastest) + rival
 
 
 def _spread(ratios: list[float]) -> str:
@@ -194,11 +193,16 @@ def _of(case: Case, contender: str) -> Row | None:
     return next((row for row in case if row.contender == contender), None)
 
 
+def _fastest_other(case: Case) -> Row:
+    others = (row for row in case if row.contender not in (OURS, RECORDED))
+    return min(others, key=lambda row: row.ms or 0.0)
+
+
 def _winner(case: Case) -> Row | None:
     """The fastest other, if it is faster and the intervals of the medians are apart."""
     ours = _of(case, OURS)
     assert ours is not None
-    best = min((row for row in case if row.contender != OURS), key=lambda row: row.ms or 0.0)
+    best = _fastest_other(case)
     return best if (best.high_ms or 0.0) < (ours.low_ms or 0.0) else None
 
 
