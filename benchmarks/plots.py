@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastunet.files import replacing
 
-from .cases import OURS
+from .cases import OURS, RECORDED
 from .record import Row, byte_rate, digits, flop_rate
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg")
 OURS_COLOUR = "#d1495b"
 OTHER_COLOURS = {
+    RECORDED: "#e8a0aa",
     "eager": "#5f6b7a",
     "eager channels_last": "#9aa7b5",
     "torch.compile": "#7fb0b2",

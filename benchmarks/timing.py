@@ -19,8 +19,8 @@ SHORTEST_SAMPLE_MS = 1.0
 # calls before any sample, unless they are slow: a GPU's clock rises, caches and branches are learnt
 WARM_UPS = 3
 SLOW_MS = 500.0
-# of a GPU, about a millisecond
-HEAD_START_CYCLES = 2_000_000
+# what a GPU is kept busy while the host launches, in its own clock, which is slower or as fast
+LEAST_HEAD_START_S, CYCLES_A_SECOND = 1e-3, 2e9
 # sets of inputs that take turns on a GPU, at most
 MOST_COPIES = 8
 # how long the best of a ceiling is looked for
@@ -74,6 +74,7 @@ class Clock:
     def __init__(self, device: torch.device, launches_count: bool = False) -> None:
         self._device = device
         self._launches_count = launches_count
+        self._launch_s = self._head_start_s = 0.0
         self._on_gpu = device.type == "cuda"
 
     def sample(self, call: Callable[[], object], repeats: int) -> float:
@@ -90,9 +91,11 @@ class Clock:
         with torch.cuda.device(self._device):
             _scratch(self._device).zero_()
             if not self._launches_count:
-                torch.cuda._sleep(HEAD_START_CYCLES)
+                torch.cuda._sleep(int(self._head_start_s * CYCLES_A_SECOND))
             start.record()
+            launching = time.perf_counter()
             call()
+            self._launch_s = time.perf_counter() - launching
             end.record()
             end.synchronize()
         return start.elapsed_time(end)
@@ -105,9 +108,10 @@ class Clock:
 
     def warm_up(self, call: Callable[[], object]) -> tuple[int, float]:
         """How many calls make a sample, and about how many milliseconds that sample takes."""
-        one = self.sample(call, 1)
+        one, launch_s = self.sample(call, 1), self._launch_s
         for _ in range(WARM_UPS - 1 if one < SLOW_MS else 0):
-            one = min(one, self.sample(call, 1))
+            one, launch_s = min(one, self.sample(call, 1)), min(launch_s, self._launch_s)
+        self._head_start_s = max(LEAST_HEAD_START_S, 2 * launch_s)
         repeats = 1 if self._on_gpu else math.ceil(SHORTEST_SAMPLE_MS / max(one, 1e-4))
         return repeats, one * repeats
 

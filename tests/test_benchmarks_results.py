@@ -93,7 +93,9 @@ def test_committed_rows_are_whole() -> None:
     files = results.read()
     assert files
     for name, rows in files.items():
-        assert {each.operator for each in rows} == set(BENCHES)
+        measured = {each.operator for each in rows}
+        # a GPU's minutes may not have sufficed; the pages name what is missing
+        assert measured == set(BENCHES) or (rows[0].environment.driver and measured < set(BENCHES))
         for each in rows:
             assert record.slug(each.environment) == name
             assert "dirty" not in each.environment.commit

@@ -83,8 +83,9 @@ FEW_CHANNEL_TILES: dict[Kind, list[Tile]] = {
         Tile("pointer", 64, 1, 128, 16, 8, 3),
     ],
 }
-# the library's convolution with bias and ReLU in one pass
+# the library's convolution with bias and ReLU in one pass, and where its ReLU was seen to keep NaN
 LIBRARY_FUSED = Tile("cudnn")
+KEEPS_NAN = ((9, 0),)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def expected(problem: Problem, gpu: Gpu) -> Tile | None:
         n * problem.dtype.itemsize % 16 == 0 for n in (problem.c_skip, problem.c, problem.c_out)
     )
     forward = problem.kind == "forward"
-    library = LIBRARY_FUSED if forward and aligned and gpu.capability >= (8, 0) else None
+    fuses = forward and aligned and gpu.capability in KEEPS_NAN
+    library = LIBRARY_FUSED if fuses else None
     if gpu.capability[0] not in DESCRIPTOR_MAJORS or not aligned:
         return library
     if forward:
