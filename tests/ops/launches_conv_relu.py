@@ -11,8 +11,14 @@ from torch import Tensor
 from fastunet.ops._triton import gpu
 from fastunet.ops.conv_relu import tiles
 from fastunet.ops.conv_relu.tiles import Problem, Tile
-from fastunet.ops.conv_relu.triton_gradients import data_gradient, mask_gradient, weight_gradient
+from fastunet.ops.conv_relu.triton_gradients import (
+    data_gradient,
+    mask_gradient,
+    sum_of_pixels,
+    weight_gradient,
+)
 from fastunet.ops.conv_relu.triton_kernels import convolve
+from fastunet.ops.up_conv.triton_kernels import up_convolve
 
 CPU = torch.device("cpu")
 
@@ -42,7 +48,7 @@ def forward(problem: Problem, tile: Tile) -> Callable[[], Any]:
 def data(problem: Problem, tile: Tile) -> Callable[[], Any]:
     def launch() -> None:
         p, dtype = problem, problem.dtype
-        masked, grad = _sources(p, 2)[0], images(p.b, p.c_out, p.height, p.width, dtype)
+        masked, grad = _sources(p, 2)[-1], images(p.b, p.c_out, p.height, p.width, dtype)
         data_gradient(masked, images(p.c, p.c_out, 3, 3, dtype), 0, grad, tile, mask=grad)
 
     return launch
@@ -65,6 +71,15 @@ def mask(dtype: torch.dtype, pool: bool) -> Callable[[], Any]:
     return launch
 
 
+def up(c: int) -> Callable[[], Any]:
+    def launch() -> None:
+        x, y = images(1, c, 28, 28, torch.bfloat16), images(1, c // 2, 56, 56, torch.bfloat16)
+        weight = images(c, c // 2, 2, 2, torch.bfloat16)
+        up_convolve(x, weight, weight[0, :, 0, 0].contiguous(), y)
+
+    return launch
+
+
 LAUNCHERS = {"forward": forward, "data gradient": data, "weight gradient": weights}
 
 
@@ -74,6 +89,9 @@ def _launches() -> dict[str, Callable[[], Any]]:
         f"mask {dtype} {'pool' if pool else ''}": mask(dtype, pool)
         for dtype, pool in product((torch.bfloat16, torch.float32), (False, True))
     }
+    launches["sum"] = lambda: sum_of_pixels(images(1, 64, 568, 568, torch.bfloat16))
+    for c in (1024, 512, 256, 128) if has_descriptors else ():
+        launches[f"up_conv {c}"] = up(c)
     seen = set()
     of_figure = [*problems(572, 1, torch.bfloat16), *problems(572, 1, torch.float32)]
     # those that also pool come first: they need the most registers

@@ -76,11 +76,12 @@ FEW_CHANNEL_TILES: dict[Kind, list[Tile]] = {
         Tile("pointer", 64, 1, 64, 16, 4, 2),
         Tile("pointer", 64, 1, 128, 16, 8, 2),
         Tile("pointer", 64, 1, 256, 16, 8, 2),
+        Tile("pointer", 64, 1, 64, 16, 8, 2),
     ],
     "weight gradient": [
-        Tile("pointer", 64, 1, 64, 16, 4, 3),
         Tile("pointer", 64, 1, 128, 16, 4, 3),
         Tile("pointer", 64, 1, 128, 16, 8, 3),
+        Tile("pointer", 64, 1, 64, 16, 4, 3),
     ],
 }
 # the library's convolution with bias and ReLU in one pass, and where its ReLU was seen to keep NaN
@@ -137,7 +138,7 @@ def expected(problem: Problem, gpu: Gpu) -> Tile | None:
     By what was measured on an H200 with the layers of figure 1, docs/tuning-log.md.
     """
     if _has_few_channels(problem):
-        return FEW_CHANNEL_TILES[problem.kind][0]
+        return candidates(problem)[0]
     aligned = all(
         n * problem.dtype.itemsize % 16 == 0 for n in (problem.c_skip, problem.c, problem.c_out)
     )
@@ -189,6 +190,9 @@ def _turns(problem: Problem, block_n: int, block: tuple[int, int], multiprocesso
 def candidates(problem: Problem) -> list[Tile]:
     """What ``fastunet tune`` measures beside the library."""
     if _has_few_channels(problem):
+        if problem.dtype == torch.float32:
+            # which takes twice the registers
+            return [FEW_CHANNEL_TILES[problem.kind][-1]]
         return FEW_CHANNEL_TILES[problem.kind]
     if problem.kind == "weight gradient":
         if problem.dtype == torch.float32:
