@@ -183,15 +183,23 @@ def stages(
             needs="build",
         ),
         Stage("tune", (python, "-m", "fastunet", "tune"), skip=only_gpus, needs="build"),
-        Stage(
-            "bench",
-            (
-                *(python, "-m", "fastunet", "bench", "--device", device),
-                *("--record", str(results), "--minutes", "{minutes}", *bench),
-            ),
-            partial=(ROWS_LEFT,),
-            needs="build",
-            least_minutes=LEAST_BENCH_MINUTES,
+        # torch.compile takes minutes for a network, so that it comes when all else is measured
+        *(
+            Stage(
+                name,
+                (
+                    *(python, "-m", "fastunet", "bench", "--device", device),
+                    *("--record", str(results), "--minutes", "{minutes}", *without, *bench),
+                ),
+                partial=(ROWS_LEFT,),
+                skip=skip,
+                needs="build",
+                least_minutes=LEAST_BENCH_MINUTES,
+            )
+            for name, without, skip in (
+                ("bench", ("--without", "torch.compile") if on_gpu else (), ""),
+                ("bench-compiled", (), only_gpus),
+            )
         ),
     ]
 

@@ -72,7 +72,7 @@ def test_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_stages(tmp_path: Path) -> None:
     on_gpu = {stage.name: stage for stage in stages("cuda", tmp_path, tmp_path, (), ())}
-    assert list(on_gpu) == ["build", "tests", "sanitizer", "tune", "bench"]
+    assert list(on_gpu) == ["build", "tests", "sanitizer", "tune", "bench", "bench-compiled"]
     assert on_gpu["build"].environment == {"FASTUNET_BUILD_CUDA": "1"}
     assert "--no-index" in on_gpu["build"].command
     rehearsed = {stage.name: stage for stage in stages("cpu", tmp_path, tmp_path, (), ())}
