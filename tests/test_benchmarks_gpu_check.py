@@ -76,7 +76,11 @@ def test_stages(tmp_path: Path) -> None:
     assert on_gpu["build"].environment == {"FASTUNET_BUILD_CUDA": "1"}
     assert "--no-index" in on_gpu["build"].command
     rehearsed = {stage.name: stage for stage in stages("cpu", tmp_path, tmp_path, (), ())}
-    assert {name for name, stage in rehearsed.items() if stage.skip} == {"sanitizer", "tune"}
+    assert {name for name, stage in rehearsed.items() if stage.skip} == {
+        "sanitizer",
+        "tune",
+        "bench-compiled",
+    }
     assert "make gpu-check" in (ROOT / "README.md").read_text()
 
 
