@@ -1,7 +1,8 @@
 """What a contender must pass before it is timed: right results, by the path that it names."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastunet.ops import _amx
+from fastunet.ops import _amx, eager
 from fastunet.ops.conv_relu import winograd_rule
 from fastunet.ops.conv_relu.reference import is_channels_last
 
@@ -43,7 +44,8 @@ class Trial:
         contender: which.
         call: one run of it, on the next of its sets of inputs.
         backend: who computes; for fastunet "reference", "cpp", "amx", "winograd", "onednn",
-            "triton", "cudnn" or "cuda", by operator where they differ.
+            "triton", "cudnn", "cuda" or, left to PyTorch's own operators, "pytorch"; by operator
+            where they differ.
         errors: largest absolute error of each result.
         lengths: root of the sum of the squares of each result's errors.
     """
@@ -131,9 +133,34 @@ def watch(call: Call) -> tuple[tuple[Tensor, ...], dict[str, str]]:
     """
     watcher = _Watcher()
     # backward runs on the watched thread, on a GPU too
-    with watcher, torch.autograd.set_multithreading_enabled(False):
+    with (
+        _left_to_pytorch(watcher.served),
+        watcher,
+        torch.autograd.set_multithreading_enabled(False),
+    ):
         outputs = call()
     return outputs, watcher.served
+
+
+@contextmanager
+def _left_to_pytorch(served: dict[str, str]) -> Iterator[None]:
+    """Within, the calls that our operators leave to plain PyTorch are written down."""
+    functions = {name: getattr(eager, name) for name in ("conv_relu", "up_conv")}
+
+    def noted(name: str) -> Callable[..., Any]:
+        def function(*args: Any, **options: Any) -> Any:
+            served[name] = "pytorch"
+            return functions[name](*args, **options)
+
+        return function
+
+    for name in functions:
+        setattr(eager, name, noted(name))
+    try:
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(eager, name, function)
 
 
 class _Watcher(TorchDispatchMode):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .devices import autocast
+from .ops._library import recording
 
 # before a recording: libraries choose their kernels, and Triton compiles ours
 WARM_UP = 3
@@ -85,7 +86,11 @@ def recorded_for_training(model: nn.Module, x: Tensor, dtype: torch.dtype | None
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     network = _Whole(model, dtype).train()
-    with torch.cuda.device(x.device), torch.autocast(x.device.type, enabled=False):
+    with (
+        recording(),
+        torch.cuda.device(x.device),
+        torch.autocast(x.device.type, enabled=False),
+    ):
         # gives the module's forward another body
         torch.cuda.make_graphed_callables(network, (torch.zeros_like(x),), WARM_UP)
     for buffer, before in buffers:

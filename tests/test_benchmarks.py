@@ -1,6 +1,7 @@
 """The benchmarks: what they count and what they refuse."""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from io import StringIO
 from types import SimpleNamespace
 from typing import Any
@@ -146,6 +147,17 @@ def test_watch_sees_backward() -> None:
         "conv_relu": "onednn",
         "conv_relu_bwd": "onednn",
     }
+
+
+def test_watch_sees_what_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        import_module("fastunet.ops.conv_relu.op"), "waits_for_python", lambda *_: True
+    )
+    inputs = {"x": torch.randn(1, 2, 8, 8), "weight": torch.randn(3, 2, 3, 3)}
+    plain = ops.eager.conv_relu
+    served = watch(bind(ops.conv_relu, inputs, ("x", "weight"), "channels_last"))[1]
+    assert served == {"conv_relu": "pytorch"}
+    assert ops.eager.conv_relu is plain
 
 
 def test_silent_fallback_is_refused(probe: torch.library.Library) -> None:

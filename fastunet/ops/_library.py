@@ -1,7 +1,8 @@
 """The ``fastunet`` namespace of ``torch.library``, opened once."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TypeGuard
 
@@ -68,6 +69,39 @@ def is_plain(*tensors: Tensor | None) -> bool:
         and not torch._C._len_torch_function_stack()
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+# of an output: a pass over fewer takes a GPU less time than Python takes to launch its gradients
+FEW_ELEMENTS = 1 << 25
+_recordings = 0
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Within, a CUDA graph is recorded, whose launches cost nothing later."""
+    global _recordings
+    _recordings += 1
+    try:
+        yield
+    finally:
+        _recordings -= 1
+
+
+def waits_for_python(elements: int, *tensors: Tensor | None) -> bool:
+    """Whether PyTorch's own operators, launched from C++, are faster for a call on ``tensors``.
+
+    They are on a GPU, with gradients and an output of few ``elements``, unless it is recorded or
+    compiled.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and elements < FEW_ELEMENTS
+        and tensors[0] is not None
+        and tensors[0].is_cuda
+        and not _recordings
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in tensors)
     )
 
 

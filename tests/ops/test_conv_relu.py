@@ -1,6 +1,7 @@
 """conv_relu against eager PyTorch and float64."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 import fastunet
-from fastunet.ops import eager
+from fastunet.ops import _library, eager
+from fastunet.ops.conv_relu import op
 
 from ..accuracy import assert_as_accurate
 
@@ -285,3 +287,43 @@ def test_check_can_fail() -> None:
     plain = run(eager.conv_relu, arguments, False)[0]
     with pytest.raises(AssertionError, match="is above"):
         assert_as_accurate(run(no_bias, arguments, False)[0], plain, exact)
+
+
+def test_small_calls_are_left_to_pytorch(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gradients on a GPU, since Python takes longer to launch ours."""
+    monkeypatch.setattr(_library, "FEW_ELEMENTS", 1 << 25)
+    arguments = inputs((2, 4, 8, 8, 12, 12, 0), torch.float32, device)
+    x, weight = arguments["x"], arguments["weight"].requires_grad_()
+    asked = partial(_library.waits_for_python, 1000, x, weight, None)
+    assert asked() == (device.type == "cuda")
+    assert not _library.waits_for_python(1 << 25, x, weight)
+    with torch.no_grad():
+        assert not asked()
+    with _library.recording():
+        assert not asked()
+    assert asked() == (device.type == "cuda")
+
+
+def test_what_is_left_to_pytorch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = inputs((2, 4, 8, 8, 12, 12, 0), torch.float64, device)
+    pair = {
+        "x": arguments["x"].requires_grad_(),
+        "weight1": arguments["weight"].requires_grad_(),
+        "bias1": arguments["bias"],
+        "weight2": torch.randn(8, 8, 3, 3, dtype=torch.float64, device=device),
+        "bias2": None,
+        "skip": arguments["skip"],
+        "pool": True,
+    }
+    results = []
+    for left in (False, True):
+        monkeypatch.setattr(op, "waits_for_python", lambda *_, left=left: left)
+        y, pooled = fastunet.conv_relu_pair(**pair)
+        grads = torch.autograd.grad(y.sum() + pooled.square().sum(), [pair["x"], pair["weight1"]])
+        results.append([y, pooled, *grads])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain)
+    with pytest.raises(ValueError, match="conv_relu: weight must be"):
+        fastunet.conv_relu_pair(**{**pair, "weight2": pair["weight2"][:, :5]})

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import eager
 from .._check import (
     bad_value,
     check_floating,
@@ -20,6 +21,7 @@ from .._library import (
     lower_precision,
     register_autocast,
     register_triton,
+    waits_for_python,
 )
 from .onednn import conv_relu_bwd_onednn, conv_relu_onednn, conv_relu_pool_onednn
 from .reference import (
@@ -128,6 +130,8 @@ def conv_relu(
     if done is not None:
         return done
     _check(x, weight, bias, padding, skip, pool)
+    if waits_for_python(_elements(x, weight, padding), x, weight, bias, skip):
+        return eager.conv_relu(x, weight, bias, padding=padding, skip=skip, pool=pool)
     return (_CONV_RELU_POOL if pool else _CONV_RELU)(x, weight, bias, padding, skip)
 
 
@@ -166,10 +170,19 @@ def conv_relu_pair(
     if between is not None:
         return conv_relu(between, weight2, bias2, padding=padding, pool=pool)
     _check(x, weight1, bias1, padding, skip, False)
+    if waits_for_python(_elements(x, weight1, padding), x, weight1, bias1, weight2, bias2, skip):
+        between = eager.conv_relu(x, weight1, bias1, padding=padding, skip=skip)
+        return conv_relu(between, weight2, bias2, padding=padding, pool=pool)
     between = _CONV_RELU(x, weight1, bias1, padding, skip, False, grad_is_masked=True)
     _check(between, weight2, bias2, padding, None, pool)
     operator = _CONV_RELU_POOL if pool else _CONV_RELU
     return operator(between, weight2, bias2, padding, None, relu_made_x=True)
+
+
+def _elements(x: Tensor, weight: Tensor, padding: int) -> int:
+    """Of the output."""
+    b, _, height, width = x.shape
+    return b * weight.shape[0] * (height - 2 + 2 * padding) * (width - 2 + 2 * padding)
 
 
 def _prepared(*arguments: Any) -> Any:

@@ -5,8 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import eager
 from .._check import bad_value, check_floating, check_same_kind, check_shape, check_tensor, describe
-from .._library import LIBRARY, lower_precision, register_autocast, register_triton
+from .._library import (
+    LIBRARY,
+    lower_precision,
+    register_autocast,
+    register_triton,
+    waits_for_python,
+)
 from .onednn import up_conv_bwd_onednn, up_conv_onednn
 from .reference import up_conv_bwd_reference, up_conv_reference
 
@@ -65,4 +72,7 @@ def up_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         check_tensor("up_conv", "bias", bias)
         check_same_kind("up_conv", "bias", bias, "x", x)
         check_shape("up_conv", "bias", bias, [weight.shape[1]])
+    elements = 4 * weight.shape[1] * x.shape[0] * x.shape[2] * x.shape[3]
+    if waits_for_python(elements, x, weight, bias):
+        return eager.up_conv(x, weight, bias)
     return _OPERATOR(x, weight, bias)
