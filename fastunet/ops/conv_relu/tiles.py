@@ -217,7 +217,7 @@ def candidates(problem: Problem) -> list[Tile]:
         Tile("tma", 128, *small, block_k, 4, 4),
         Tile("tma", 128, *large, block_k, 8, 4),
         Tile("tma", 128, *small, block_k, 8, 4),
-        Tile("pointer", 128, 1, 128, 32, 8, 3),
+        Tile("pointer", 128, 1, 64, 32, 4, 3),
         *narrow,
     ]
 
