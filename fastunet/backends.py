@@ -87,9 +87,12 @@ def _beside(operator: str, device: str) -> str:
     from .ops import _amx
     from .ops.conv_relu import winograd_rule
 
-    if (operator, device) == ("up_conv", "cpu"):
+    of_gpus = {"conv_relu": ", cudnn", "up_conv": ", gradients by cudnn"}
+    if device == "cuda":
+        return of_gpus.get(operator, "")
+    if operator == "up_conv":
         return ", gradients by matrix products"
-    if (operator, device) != ("conv_relu", "cpu"):
+    if operator != "conv_relu":
         return ""
     winograd = "" if winograd_rule.why_not_here() else ", Winograd F(4x4, 3x3) for float32"
     return winograd + ("" if _amx.why_not_here() else ", amx for bfloat16")
