@@ -18,7 +18,8 @@ RECORDED = f"{OURS}, CUDA graph"
 EAGER_LAYOUTS = {"eager": "contiguous", "eager channels_last": "channels_last"}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # what a case's name may end in, after a comma
-DIRECTIONS = ("forward", "forward + backward", "prediction", "training step")
+BACKWARD = ("forward + backward", "training step")
+DIRECTIONS = ("forward", "prediction", *BACKWARD)
 
 Inputs = dict[str, Tensor]
 Call = Callable[[], tuple[Tensor, ...]]

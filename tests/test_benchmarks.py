@@ -1,6 +1,7 @@
 """The benchmarks: what they count and what they refuse."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from io import StringIO
 from types import SimpleNamespace
@@ -234,8 +235,15 @@ def test_rivals_need_only_half_of_the_digits(probe: torch.library.Library) -> No
         return Contender("rival", each(lambda given: lambda: (2 * given["x"] + error,)))
 
     judge.admit(off_by(1e-5))
-    # one of many that is off, as where a ReLU's input rounds to the other side of zero
-    judge.admit(off_by(torch.eye(1, 8)[0] * 1e-3))
+    # one of many that is off
+    one = torch.eye(1, 8)[0] * 1e-3
+    with pytest.raises(RefusedError, match=r"result 0 is off by 0\.001, allowed 0\.00069"):
+        judge.admit(off_by(one))
+    with pytest.raises(RefusedError, match=r"result 0 is off by 0\.01, allowed 0\.00069"):
+        judge.admit(off_by(1e-2))
+    # of gradients, as where a ReLU's input rounds to the other side of zero
+    judge = Judge(replace(case, name="8, forward + backward", flops=8), Clock(CPU))
+    judge.admit(off_by(one))
     with pytest.raises(RefusedError, match=r"is off by 0\.028 as a whole, allowed 0\.0013"):
         judge.admit(off_by(1e-2))
 

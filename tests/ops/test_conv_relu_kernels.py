@@ -211,6 +211,15 @@ def test_strides(kernel: str, kernel_device: torch.device, monkeypatch: pytest.M
             torch.testing.assert_close(grad, wanted[leaf], msg=f"{name}: {leaf}")
 
 
+def test_part_of_wider_weights(kernel: str, kernel_device: torch.device) -> None:
+    """Right in the first call, and in the second, whose launch is as the first prepared it."""
+    arguments = inputs((1, 0, 16, 24, 9, 12, 1, False), torch.float16, kernel_device)
+    wide = torch.cat([arguments["weight"]] * 2, 1).contiguous(memory_format=torch.channels_last)
+    want = forward(arguments, False)[0]
+    for _ in range(2):
+        assert torch.equal(forward(arguments | {"weight": wide[:, :16]}, False)[0], want)
+
+
 def test_nan_stays(kernel: str, kernel_device: torch.device) -> None:
     arguments = inputs((1, 0, 8, 8, 8, 8, 0, True), torch.float32, kernel_device)
     arguments["x"][0, 3, 4, 4] = float("nan")
@@ -260,12 +269,11 @@ def test_known_calls_need_no_dispatch(
     arguments = inputs((1, 8, 16, 16, 12, 14, 0, pool), torch.float16, kernel_device)
     call: list[Any] = [arguments[name] for name in ("x", "weight", "bias", "padding", "skip")]
     prepared: Any = gpu.prepared
-    monkeypatch.setattr(gpu, "PREPARED", {})
     if kernel_device.type == "cpu":
         monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     assert prepared(*call, pool) is None
     signed = signature(*(arguments[name] for name in ("x", "weight", "bias", "skip")))
-    gpu.PREPARED[0, pool, signed] = TILES[kernel, "forward"]
+    gpu.CHOSEN["forward", 0, pool, signed] = TILES[kernel, "forward"]
     got = prepared(*call, pool)
     for ours, want in zip(got if pool else (got,), forward(arguments, pool), strict=True):
         assert torch.equal(ours, want)

@@ -43,8 +43,7 @@ def conv_relu_triton(
     """As ``conv_relu_reference``."""
     if unsupported(x, weight, skip):
         return conv_relu_reference(x, weight, bias, padding, skip, *flags)
-    tile = _choose_forward(x, weight, bias, padding, skip, False)
-    return forward(x, weight, bias, padding, skip, False, tile)[0]
+    return _chosen_forward(x, weight, bias, padding, skip, False)[0]
 
 
 def conv_relu_pool_triton(
@@ -53,8 +52,7 @@ def conv_relu_pool_triton(
     """As ``conv_relu_pool_reference``."""
     if unsupported(x, weight, skip):
         return conv_relu_pool_reference(x, weight, bias, padding, skip, *flags)
-    tile = _choose_forward(x, weight, bias, padding, skip, True)
-    return forward(x, weight, bias, padding, skip, True, tile)
+    return _chosen_forward(x, weight, bias, padding, skip, True)
 
 
 def conv_relu_bwd_triton(
@@ -84,7 +82,7 @@ def conv_relu_bwd_triton(
     grad_x = grad_skip = grad_weight = empty
     if need_x or need_skip:
         tile = choose(
-            ("data", relu_made_x),
+            ("data", relu_made_x, signature(x, masked, weight, skip)),
             lambda: data_problem(x, weight, skip, relu_made_x),
             *(x, masked, weight, skip),
         )
@@ -94,7 +92,7 @@ def conv_relu_bwd_triton(
         )
     if need_weight:
         tile = choose(
-            ("weight", padding),
+            ("weight", padding, signature(x, masked, skip)),
             lambda: weight_problem(x, weight, padding, skip),
             *(x, masked, skip),
         )
@@ -129,20 +127,18 @@ CHOSEN: dict[tuple[Any, ...], Tile | None] = {}
 
 
 def choose(
-    key: tuple[Any, ...], problem: Callable[[], Problem], *tensors: Tensor | None
+    known: tuple[Any, ...], problem: Callable[[], Problem], *tensors: Tensor | None
 ) -> Tile | None:
     """The kernel for ``problem``, or None for the library's.
 
     Args:
-        key: all that the problem depends on besides ``tensors``.
+        known: all that the problem depends on, the tensors' signature among it.
         problem: makes it, for what is new.
         tensors: images that the kernel reads, and weights.
     """
-    known = (key, signature(*tensors))
     if known not in CHOSEN:
         if len(CHOSEN) >= MOST_PLANS:
             CHOSEN.clear()
-            PREPARED.clear()
         given = [tensor for tensor in tensors if tensor is not None]
         device = given[0].device
         tile = tiles.choose(problem(), gpu(device), tiles.cached(device))
@@ -151,47 +147,33 @@ def choose(
     return CHOSEN[known]
 
 
-def _choose_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: int,
-    skip: Tensor | None,
-    pool: bool,
-) -> Tile | None:
+def _chosen_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None, pool: bool
+) -> tuple[Tensor, Tensor]:
+    signed = signature(x, weight, bias, skip)
     tile = choose(
-        ("forward", padding, pool),
+        ("forward", padding, pool, signed),
         lambda: forward_problem(x, weight, padding, skip, pool),
         *(x, weight, skip),
     )
-    # of float32 the choice depends on TF32
-    if x.is_cuda and x.dtype != torch.float32:
-        PREPARED[padding, pool, signature(x, weight, bias, skip)] = tile
-    return tile
-
-
-# kernels of calls that were checked, by padding, pool and the signature of x, weight, bias and skip
-PREPARED: dict[tuple[Any, ...], Tile | None] = {}
+    return forward(x, weight, bias, padding, skip, pool, tile, signed)
 
 
 def prepared(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: int,
-    skip: Tensor | None,
-    pool: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None, pool: bool
 ) -> Tensor | tuple[Tensor, Tensor] | None:
     """The operator's result for what it was called with before, else None.
 
     Checks and dispatch, which small images spend more time on than on the convolution, are left
-    out.
+    out. float32 is too: what it may be computed in can have changed.
     """
     signed = signature(x, weight, bias, skip)
-    known = (padding, pool, signed)
-    if known not in PREPARED or x.get_device() != torch.cuda.current_device():
+    known = ("forward", padding, pool, signed)
+    if x.dtype == torch.float32 or known not in CHOSEN:
         return None
-    y, pooled = forward(x, weight, bias, padding, skip, pool, PREPARED[known], signed)
+    if x.get_device() != torch.cuda.current_device():
+        return None
+    y, pooled = forward(x, weight, bias, padding, skip, pool, CHOSEN[known], signed)
     return (y, pooled) if pool else y
 
 

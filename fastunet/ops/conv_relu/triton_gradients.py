@@ -160,7 +160,7 @@ def _grad_weight_pointer_kernel(
 
 @triton.jit
 def _sum_kernel(
-    images_ptr, sums_ptr, pixels, channels, pixel_stride,
+    images_ptr, sums_ptr, pixels, channels,
     STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """The sums of BLOCK_C channels over STEPS blocks of pixels; each element is read once."""
@@ -169,7 +169,7 @@ def _sum_kernel(
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for step in range(STEPS):
         pixel = (tl.program_id(0).to(tl.int64) * STEPS + step) * BLOCK_P + tl.arange(0, BLOCK_P)
-        at = pixel[:, None] * pixel_stride + channel[None, :]
+        at = pixel[:, None] * channels + channel[None, :]
         total += tl.load(images_ptr + at, mask=(pixel < pixels)[:, None] & known, other=0.0).to(tl.float32)
     sums = tl.sum(total, 0, keep_dims=True)
     tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * channels + channel[None, :], sums, mask=known)
@@ -217,7 +217,7 @@ def sum_of_pixels(images: Tensor) -> Tensor:
     def prepare() -> Launch:
         options = {"STEPS": SUM_STEPS, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4}
         grid = (programs, triton.cdiv(channels, block_c))
-        return Launch(grid, [At(0), At(1), pixels, channels, channels], options)
+        return Launch(grid, [At(0), At(1), pixels, channels], options)
 
     _sum((images, sums), (), prepare)
     return sums.sum(0).to(images.dtype)

@@ -8,6 +8,7 @@ pointers, for every other GPU, layout and number of channels. Both end with bias
 mask and the pooled copy, whichever are asked for. docs/maths/conv_relu.md counts their bytes.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -289,6 +290,9 @@ _pointer = Launcher(_conv_relu_fwd_pointer_kernel)
 
 
 def _convolve_tma(sources, weight, bias, padding, y, tile, relu, mask, pooled, signed):
+    # a matrix as they lie in memory; a part of wider weights is copied in each call
+    weight = weight.contiguous(memory_format=torch.channels_last)
+
     def prepare() -> Launch:
         (b, c_out, height, width), c_all = y.shape, weight.shape[1]
         pixels = [1, tile.block_h, tile.block_w]
@@ -298,8 +302,8 @@ def _convolve_tma(sources, weight, bias, padding, y, tile, relu, mask, pooled, s
         ]
         arguments = [
             tiles_of(0, [*pixels, tile.block_k]), tiles_of(1, [*pixels, tile.block_k]),
-            Described(2, lambda weight: TensorDescriptor.from_tensor(
-                weight.permute(0, 2, 3, 1).reshape(c_out, 9 * c_all), [tile.block_n, tile.block_k]
+            Described(2, lambda weight: TensorDescriptor(
+                weight, [c_out, 9 * c_all], [9 * c_all, 1], [tile.block_n, tile.block_k]
             )),
             None if bias is None else At(3),
             None if mask is None else tiles_of(4, [*pixels, tile.block_n]),
