@@ -24,6 +24,7 @@ from .cases import (
     Inputs,
     Prepare,
     Setting,
+    Shape,
     compilations,
     noise,
     why_no_gpu,
@@ -40,22 +41,34 @@ CPU_SHAPES = {
     False: (*product((1,), SIZES), (4, 256), (16, 256)),
     True: (*product((1,), SIZES[:3]), (4, 256)),
 }
+# one image, as float64 goes through them one by one
+NORMALISED_SHAPES = ((1, PAPER_SIZE), (1, 256))
 
 
 def cases(setting: Setting) -> list[Case]:
-    """The paper's network, in quick mode with a quarter of its channels."""
+    """The paper's network, in quick mode with a quarter of its channels.
+
+    Its training also with batch normalisation, as most followers have it.
+    """
     on_cpu = setting.device.type == "cpu"
-    return [
-        _case(batch, size, dtype, training, setting)
+    quick = ((1, 252),)
+    kinds: list[tuple[bool, str | None, Sequence[Shape], Sequence[Shape]]] = [
+        (training, None, CPU_SHAPES[training] if on_cpu else GPU_SHAPES, quick)
         for training in (False, True)
-        for batch, size in setting.network_shapes(
-            full=CPU_SHAPES[training] if on_cpu else GPU_SHAPES, quick=[(1, 252)]
-        )
+    ]
+    kinds.append((True, "batch", NORMALISED_SHAPES, ()))
+    return [
+        _case(batch, size, dtype, training, norm, setting)
+        for training, norm, full, few in kinds
+        for batch, size in setting.network_shapes(full=full, quick=few)
         for dtype in setting.dtypes
+        if norm is None or batch == 1
     ]
 
 
-def _case(batch: int, size: int, dtype: torch.dtype, training: bool, setting: Setting) -> Case:
+def _case(
+    batch: int, size: int, dtype: torch.dtype, training: bool, norm: Any, setting: Setting
+) -> Case:
     widths = QUICK_WIDTHS if setting.quick else PAPER_WIDTHS
     *inner, head = arrows(size, widths)
 
@@ -71,7 +84,7 @@ def _case(batch: int, size: int, dtype: torch.dtype, training: bool, setting: Se
     def network(module: ModuleType, layout: str = "contiguous") -> Any:
         torch.manual_seed(0)
         # without dropout, so that all contenders compute the same
-        model: Any = UNet(widths=widths, dropout=0.0, ops=module).train(training)
+        model: Any = UNet(widths=widths, dropout=0.0, norm=norm, ops=module).train(training)
         return model.to(setting.device, memory_format=MEMORY_FORMATS[layout])
 
     def calls(
@@ -130,7 +143,9 @@ def _case(batch: int, size: int, dtype: torch.dtype, training: bool, setting: Se
     only_prediction = "it has no gradient" if training else None
     return Case(
         operator="unet",
-        name=f"{batch} x {widths[0]}..{widths[-1]} channels, {size}x{size}, "
+        name=f"{batch} x {widths[0]}..{widths[-1]} channels"
+        + (" with batch norm" if norm else "")
+        + f", {size}x{size}, "
         + ("training step" if training else "prediction"),
         dtype=dtype,
         inputs=inputs,

@@ -229,7 +229,7 @@ def _amx_takes(name: str, args: Sequence[Any]) -> bool:
     """Whether an operator's call is one for AMX, told apart from what the operator itself finds."""
     if _amx.why_not_here():
         return False
-    if name in ("conv_relu", "conv_relu_pool"):
+    if name in ("conv_relu", "conv_relu_pool", "conv3x3"):
         source, weight, needs_it = args[0], args[1], True
     elif name == "conv_relu_bwd":
         source, weight, needs_it = args[0], args[4], args[7][0]
@@ -241,7 +241,7 @@ def _amx_takes(name: str, args: Sequence[Any]) -> bool:
 
 def _winograd_takes(name: str, args: Sequence[Any]) -> bool:
     """Whether a forward call is one for Winograd's algorithm, by its rule."""
-    if name not in ("conv_relu", "conv_relu_pool"):
+    if name not in ("conv_relu", "conv_relu_pool", "conv3x3"):
         return False
     x, weight, _, padding, skip = args[:5]
     rejected = winograd_rule.unsupported("forward", x, weight, padding)

@@ -104,7 +104,9 @@ def _networks(cases: Sequence[Case]) -> Iterable[tuple[str, ...]]:
                 continue
             batch, _, rest = ours.case.partition(" x ")
             graph = ", CUDA graph" if name == RECORDED else ""
-            title = f"U-Net {ours.direction}{graph}, {batch} x {rest.split(', ')[1]}"
+            channels, size, *_ = rest.split(", ")
+            norm = " with batch norm" if channels.endswith(" with batch norm") else ""
+            title = f"U-Net {ours.direction}{norm}{graph}, {batch} x {size}"
             yield f"{title}, {digits(ours.ms)} ms", ours.dtype, *_ratios([case], name)
 
 

@@ -17,6 +17,7 @@ from . import bench_unet, plots, record, show
 from .cases import OURS, Case, Setting, dtype_name
 from .measure import time_cases
 from .ops import (
+    bench_conv_norm_relu,
     bench_conv_relu,
     bench_conv_relu_pair,
     bench_crop_concat,
@@ -31,6 +32,7 @@ from .timing import measure_ceilings
 BENCHES: dict[str, ModuleType] = {
     "conv_relu": bench_conv_relu,
     "conv_relu_pair": bench_conv_relu_pair,
+    "conv_norm_relu": bench_conv_norm_relu,
     "up_conv": bench_up_conv,
     "crop_concat": bench_crop_concat,
     "weighted_cross_entropy": bench_weighted_cross_entropy,

@@ -88,7 +88,7 @@ void run(cpu::ConvAmx& conv, const Tensor& like) {
 
 std::tuple<Tensor, Tensor> conv_relu_amx(const Tensor& x, const std::optional<Tensor>& skip,
                                          const Tensor& weight, const std::optional<Tensor>& bias,
-                                         int64_t padding, bool pool) {
+                                         int64_t padding, bool pool, bool relu) {
   check_padding(padding);
   cpu::ConvAmx conv = {};
   if (skip.has_value()) {
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> conv_relu_amx(const Tensor& x, const std::optional<Te
                   "conv_amx: weight must be [C_out, ", conv.c_in(),
                   ", 3, 3] with its taps in order");
   conv.c_out = weight.size(0);
-  conv.relu = true;
+  conv.relu = relu;
   const Tensor y = new_output(conv, x);
   set_bias(conv, bias);
   const int64_t height = conv.out_height() / 2, width = conv.out_width() / 2;

@@ -192,7 +192,8 @@ void zero_around(const Tensor& images, int64_t height, int64_t width) {
 std::tuple<Tensor, Tensor> winograd_conv_relu_cpu(const Tensor& x, const Tensor& weight,
                                                   const std::optional<Tensor>& bias,
                                                   int64_t padding,
-                                                  const std::optional<Tensor>& skip, bool pool) {
+                                                  const std::optional<Tensor>& skip, bool pool,
+                                                  bool relu) {
   const int64_t batch = x.size(0), outputs = weight.size(0);
   const Tiles tiles{x.size(2) - 2 + 2 * padding, x.size(3) - 2 + 2 * padding};
   const Tensor y = new_empty(x, {batch, tiles.height, tiles.width, outputs});
@@ -203,7 +204,7 @@ std::tuple<Tensor, Tensor> winograd_conv_relu_cpu(const Tensor& x, const Tensor&
   const Weights<const float> weights{floats(weight), weight.stride(1), weight.stride(0),
                                      weight.stride(2), weight.stride(3)};
   convolve({sources_of(x, skip, padding),
-            {{{pixels(y), pool ? pixels(pooled) : kNowhere, kNoMask, bias_data, true}, outputs}},
+            {{{pixels(y), pool ? pixels(pooled) : kNowhere, kNoMask, bias_data, relu}, outputs}},
             tiles,
             batch * tiles.per_image(),
             weight.size(1),

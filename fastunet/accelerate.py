@@ -42,8 +42,8 @@ class Report:
 def accelerate(model: nn.Module) -> tuple[nn.Module, Report]:
     """Run the 3x3 convolutions of ``model`` on ``conv_relu``, wherever ReLU follows them.
 
-    A concatenation before, batch normalisation between the two (folded in eval mode, run by itself
-    in training) and a 2x2 max-pooling behind are taken along. Everything else runs as before.
+    A concatenation before, batch normalisation between the two (folded into the weights in eval
+    mode) and a 2x2 max-pooling behind are taken along. Everything else runs as before.
     Parameters, buffers, their names and the classes that ``isinstance`` sees stay. Weights and the
     images inside are in channels_last, the output is in the layout that it had. A copy by
     ``copy.deepcopy`` is accelerated too, a pickle is one of the original.
@@ -51,9 +51,10 @@ def accelerate(model: nn.Module) -> tuple[nn.Module, Report]:
     The forward is read once by ``torch.fx``. Where that is not possible, or where it does something
     else in training, the modules in it are taken one by one. The original forward runs, all of it,
     where plain attributes of the modules have changed since, where hooks were added to modules in
-    it, for other arguments than its positional ones, and while batch normalisation is in training
-    mode, in which PyTorch is less accurate on channels_last images; ``train`` and ``eval`` lay out
-    the weights accordingly.
+    it, and for other arguments than its positional ones. So it does while batch normalisation is in
+    training mode, unless images are on the CPU and each one stands between a swapped convolution
+    and its ReLU: PyTorch's own is less accurate on channels_last images. ``train`` and ``eval`` lay
+    out the weights accordingly.
 
     Args:
         model: any module; it is changed in place.
@@ -77,9 +78,11 @@ def accelerate(model: nn.Module) -> tuple[nn.Module, Report]:
     kept = {name: reason for name, reason in reasons.items() if reason}
     if swapped:
         _change_class(model, forward=_in_layout_of_inputs(type(model).forward))
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        work.training.is_ours = work.trainable.issuperset(norms)
         if not any(_is_channels_last(weight) for weight in model.parameters()):
-            _change_class(model, train=_train(type(model).train))
-            _lay_out(model)
+            _change_class(model, train=_train(type(model).train, work.training))
+            _lay_out(model, work.training)
     return model, Report(swapped, kept, tuple(work.notes))
 
 
@@ -90,6 +93,13 @@ def _reasons(conv: nn.Module, outcomes: list[str | None]) -> str:
     return "; ".join(dict.fromkeys(reason for reason in outcomes if reason))
 
 
+@dataclass
+class _Training:
+    """Whether all batch normalisation of a model in training is by our kernels, on the CPU."""
+
+    is_ours: bool = False
+
+
 class _Pass:
     """One walk through a model, and what it finds."""
 
@@ -98,6 +108,8 @@ class _Pass:
         self.outcomes: dict[nn.Module, list[str | None]] = {}
         self.notes: list[str] = []
         self.seen: set[nn.Module] = set()
+        self.trainable: set[nn.Module] = set()
+        self.training = _Training()
         self.objection: str | None = None
         if any(isinstance(module, nn.GroupNorm) for module in self.names):
             self.objection = "the model has GroupNorm, which is less accurate in channels_last"
@@ -126,7 +138,8 @@ class _Pass:
             outcomes = [reason or self.objection for reason in reasons]
             self.outcomes.setdefault(conv, []).extend(outcomes)
         if self.objection is None and any(None in reasons for reasons in calls.values()):
-            _change_class(module, forward=_read_forward(module, graph, parts))
+            self.trainable |= fusion.trainable_norms(graph, module)
+            _change_class(module, forward=_read_forward(module, graph, parts, self.training))
 
 
 def _whole(module: nn.Module, parts: set[nn.Module]) -> Iterator[nn.Module]:
@@ -139,7 +152,7 @@ def _whole(module: nn.Module, parts: set[nn.Module]) -> Iterator[nn.Module]:
 
 
 def _read_forward(
-    module: nn.Module, graph: fx.Graph, inlined: set[nn.Module]
+    module: nn.Module, graph: fx.Graph, inlined: set[nn.Module], training: _Training
 ) -> Callable[..., Any]:
     """What ``graph`` says, while ``inlined`` are as they were when it was read."""
     original = type(module).forward
@@ -158,7 +171,8 @@ def _read_forward(
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         as_read = not kwargs and len(args) == arguments and all(s.holds(self) for s in states)
-        if not as_read or any(_part(self, path).training for path in norms):
+        ours = training.is_ours and fusion.trains(*args)
+        if not as_read or (not ours and any(_part(self, path).training for path in norms)):
             return original(self, *args, **kwargs)
         parts = _Parts()
         for path, name in paths.items():
@@ -237,20 +251,21 @@ def _is_channels_last(given: Any) -> bool:
     )
 
 
-def _train(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def _train(original: Callable[..., nn.Module], training: _Training) -> Callable[..., nn.Module]:
     """``original``, and the weights laid out for the new mode."""
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         original(self, mode)
-        _lay_out(self)
+        _lay_out(self, training)
         return self
 
     return train
 
 
-def _lay_out(model: nn.Module) -> None:
-    """Put the weights into channels_last, unless batch normalisation is in training mode."""
-    normalises = any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
+def _lay_out(model: nn.Module, training: _Training) -> None:
+    """Put the weights into channels_last, unless PyTorch normalises batches, in training mode."""
+    ours = training.is_ours and fusion.trains(*model.parameters())
+    normalises = not ours and any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
     layout = torch.contiguous_format if normalises else torch.channels_last
     # parameters made in inference mode could not be trained any more
     with torch.inference_mode(False):

@@ -5,7 +5,8 @@ What is looked for, each step the only use of the one before it:
     [cat of two ->] Conv2d 3x3 [-> BatchNorm2d] -> ReLU [-> 2x2 max-pooling, beside other uses]
 
 with Dropout and Identity allowed before the ReLU. In eval mode dropout does nothing, and batch
-normalisation is folded into the weights (``ops/folding.py``).
+normalisation is folded into the weights; in training it goes together with the ReLU
+(``ops/folding.py``).
 """
 
 import operator
@@ -15,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .ops import conv_relu
-from .ops.folding import folded, folding_pays
+from .backends import EXTENSION_MISSING
+from .ops import conv_norm_relu, conv_relu
+from .ops.folding import folding_pays, padding_of
 from .tracing import has_hooks
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -131,13 +133,12 @@ def run(
     Returns: [B, C_out, H', W'], or with ``pooled`` a pair of that and its pooled copy.
     """
     if _takes(x, skip, conv, relu, pool, between):
-        weight, bias = conv.weight, conv.bias
+        x = x.contiguous(memory_format=torch.channels_last)
         for module in between:
             if isinstance(module, nn.BatchNorm2d):
-                weight, bias = folded(conv, module)
-        padding = 1 if conv.padding in ((1, 1), "same") else 0
-        x = x.contiguous(memory_format=torch.channels_last)
-        return conv_relu(x, weight, bias, padding=padding, skip=skip, pool=pooled)
+                return conv_norm_relu(x, conv, module, skip=skip, pool=pooled)
+        padding = padding_of(conv)
+        return conv_relu(x, conv.weight, conv.bias, padding=padding, skip=skip, pool=pooled)
     y = conv(x if skip is None else torch.cat([skip, x], 1))
     for module in between:
         y = module(y)
@@ -163,15 +164,37 @@ def _takes(
     if pool is not None and not _is_pool_module(pool):
         return False
     for module in between:
-        if why_not_between(module) or _changes_values_in_training(module):
+        if why_not_between(module) or (module.training and _drops(module)):
             return False
-        if isinstance(module, nn.BatchNorm2d) and not folding_pays(x, conv):
+        folds = isinstance(module, nn.BatchNorm2d) and not module.training
+        if folds and not folding_pays(x, conv):
             return False
     return True
 
 
-def _changes_values_in_training(module: nn.Module) -> bool:
-    return module.training and not isinstance(module, nn.Identity) and getattr(module, "p", 1) > 0
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Dropout, nn.Dropout2d)) and module.p > 0
+
+
+def trainable_norms(graph: fx.Graph, root: nn.Module) -> set[nn.Module]:
+    """The batch normalisations that are part of what was replaced in ``graph``, in training too."""
+    modules = dict(root.named_modules())
+    found: set[nn.Module] = set()
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is run:
+            between = [modules[str(step.target)] for step in node.args[5]]
+            if not any(map(_drops, between)):
+                found |= {module for module in between if isinstance(module, nn.BatchNorm2d)}
+    return found
+
+
+def trains(*images: Any) -> bool:
+    """Whether batch normalisation of ``images`` in training has kernels of ours."""
+    return not EXTENSION_MISSING and all(
+        image.device.type == "cpu" and image.dtype in (torch.float32, torch.bfloat16)
+        for image in images
+        if isinstance(image, Tensor)
+    )
 
 
 def _module(node: fx.Node | None, modules: dict[str, nn.Module]) -> nn.Module | None:

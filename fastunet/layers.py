@@ -18,18 +18,13 @@ class ConvReLU(nn.Conv2d):
         self.norm = nn.Identity() if norm is None else nn.BatchNorm2d(c_out)
         self.relu_first = norm == "batch-after"
         self.conv_relu, self.conv_norm_relu = ops.conv_relu, ops.conv_norm_relu
-        self.crop_concat = ops.crop_concat
 
     def forward(self, x: Tensor, skip: Tensor | None = None, pool: bool = False) -> Any:
         """[B, C, H, W] to [B, C_out, H', W'], and its max-pooled copy on request."""
-        if isinstance(self.norm, nn.BatchNorm2d) and not (self.relu_first or self.norm.training):
+        if not self.relu_first:
             return self.conv_norm_relu(x, self, self.norm, skip=skip, pool=pool)
-        if self.relu_first:
-            padding = int(self.padding[0])
-            y = self.norm(self.conv_relu(x, self.weight, self.bias, padding=padding, skip=skip))
-        else:
-            source = x if skip is None else self.crop_concat(skip, x)
-            y = F.relu(self.norm(super().forward(source)), inplace=True)
+        padding = int(self.padding[0])
+        y = self.norm(self.conv_relu(x, self.weight, self.bias, padding=padding, skip=skip))
         return (y, F.max_pool2d(y, 2)) if pool else y
 
 

@@ -68,17 +68,21 @@ def kernel_device() -> torch.device:
 
 @pytest.fixture
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The arguments of each call of ``conv_relu`` that an accelerated model makes."""
-    import fastunet
+    """The arguments of each call of a convolution of ours that an accelerated model makes."""
     from fastunet import fusion
+    from fastunet.ops import folding
 
     calls: list[Any] = []
 
-    def conv_relu(*args: Any, **options: Any) -> Any:
-        calls.append(options)
-        return fastunet.conv_relu(*args, **options)
+    def listened(operator: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append(options)
+            return operator(*args, **options)
 
-    monkeypatch.setattr(fusion, "conv_relu", conv_relu)
+        return call
+
+    for module, name in ((fusion, "conv_relu"), (folding, "conv_relu"), (folding, "conv3x3")):
+        monkeypatch.setattr(module, name, listened(getattr(module, name)))
     return calls
 
 

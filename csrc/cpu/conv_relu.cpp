@@ -1,10 +1,9 @@
 #include "conv_relu.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
-#include "vectorize.h"
+#include "bfloat16.h"
 
 namespace fastunet::cpu {
 namespace {
@@ -15,29 +14,11 @@ FASTUNET_INLINE Bits relu(Bits x) {
   return x < 0 && magnitude <= Float::kInfinity ? Bits(0) : magnitude;
 }
 
-template <typename To, typename From>
-FASTUNET_INLINE To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
 FASTUNET_INLINE int32_t add(int32_t a, int32_t b) {
   return bit_cast<int32_t>(bit_cast<float>(a) + bit_cast<float>(b));
 }
 
-FASTUNET_INLINE float widened(int16_t x) {
-  return bit_cast<float>(static_cast<uint32_t>(static_cast<uint16_t>(x)) << 16);
-}
-
-FASTUNET_INLINE int16_t add(int16_t a, int16_t b) {
-  const float sum = widened(a) + widened(b);
-  const uint32_t bits = bit_cast<uint32_t>(sum);
-  // to nearest, ties to even
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<int16_t>(sum != sum ? 0x7fc0u : rounded);
-}
+FASTUNET_INLINE int16_t add(int16_t a, int16_t b) { return narrowed(widened(a) + widened(b)); }
 
 template <typename Float, typename Bits>
 FASTUNET_INLINE void relu_row(Bits* y, int64_t size) {

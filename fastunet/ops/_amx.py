@@ -16,8 +16,8 @@ from ._library import LIBRARY
 # images come and go as [B, C, H, W] in channels_last, results of the operators as [B, H, W, C]
 LIBRARY.define("has_amx() -> bool")
 LIBRARY.define(
-    "conv_relu_amx(Tensor x, Tensor? skip, Tensor weight, Tensor? bias, int padding, bool pool) "
-    "-> (Tensor, Tensor)"
+    "conv_relu_amx(Tensor x, Tensor? skip, Tensor weight, Tensor? bias, int padding, bool pool, "
+    "bool relu=True) -> (Tensor, Tensor)"
 )
 LIBRARY.define("conv_grad_amx(Tensor grad, Tensor weight, int padding, Tensor? mask) -> Tensor")
 
@@ -46,13 +46,19 @@ def why_not_here() -> str | None:
 
 
 def conv_relu(
-    x: Tensor, crop: Tensor | None, weight: Tensor, bias: Tensor | None, padding: int, pool: bool
+    x: Tensor,
+    crop: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: int,
+    pool: bool,
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Convolution, bias and ReLU, and with ``pool`` the pooled copy; ``crop`` is as large as x."""
+    """Convolution, bias, ReLU and pooled copy, as asked for; ``crop`` is as large as x."""
     x, weight = _channels_last(x), _channels_last(weight)
     crop = None if crop is None else _channels_last(crop)
     bias = None if bias is None else bias.contiguous()
-    y, pooled = torch.ops.fastunet.conv_relu_amx(x, crop, weight, bias, padding, pool)
+    y, pooled = torch.ops.fastunet.conv_relu_amx(x, crop, weight, bias, padding, pool, relu)
     return _images(y), _images(pooled) if pool else pooled
 
 

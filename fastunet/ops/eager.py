@@ -55,8 +55,7 @@ def conv_norm_relu(
     """As ``fastunet.ops.conv_norm_relu``, one after the other."""
     source = x if skip is None else crop_concat(skip, x)
     y = F.conv2d(source, conv.weight, conv.bias, padding=conv.padding)
-    statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    y = F.relu(F.batch_norm(y, *statistics, training=False, eps=norm.eps))
+    y = F.relu(norm(y), inplace=True)
     return (y, F.max_pool2d(y, 2)) if pool else y
 
 

@@ -1,15 +1,22 @@
-"""Batch normalisation in evaluation is a factor and a shift per channel: part of the convolution.
+"""Batch normalisation between convolution and ReLU.
 
-s = gamma / sqrt(var + eps)    W' = s W    b' = s (b - mean) + beta
+In evaluation it is a factor and a shift per channel, which are part of the convolution:
+
+    s = gamma / sqrt(var + eps)    W' = s W    b' = s (b - mean) + beta
+
+In training it is by the batch's own statistics, and ReLU is part of it (``norm_relu``).
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import eager
-from .conv_relu import conv_relu
+from .conv_relu import conv3x3, conv_relu
+from .crop_concat import crop_concat
+from .norm_relu import norm_relu, unsupported
 
 
 def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -43,20 +50,42 @@ def conv_norm_relu(
     skip: Tensor | None = None,
     pool: bool = False,
 ) -> Any:
-    """``conv_relu`` with batch normalisation between convolution and ReLU, by running statistics.
+    """``conv_relu`` with batch normalisation between convolution and ReLU.
 
         relu(norm(conv(cat([centre_crop(skip), x], 1))))
 
     Args:
         x: [B, C, H, W] as of ``conv_relu``.
         conv: 3x3, with padding 0 or 1.
-        norm: has running statistics, which are not changed.
+        norm: in training it normalises by the batch, and its running statistics follow.
         skip: as of ``conv_relu``.
         pool: as of ``conv_relu``.
     Returns: as of ``conv_relu``.
     Raises: as ``conv_relu``.
     """
+    if norm.training or norm.running_mean is None:
+        return _by_batch(x, conv, norm, skip, pool)
     if not folding_pays(x, conv):
         return eager.conv_norm_relu(x, conv, norm, skip=skip, pool=pool)
     weight, bias = folded(conv, norm)
-    return conv_relu(x, weight, bias, padding=int(conv.padding[0]), skip=skip, pool=pool)
+    return conv_relu(x, weight, bias, padding=padding_of(conv), skip=skip, pool=pool)
+
+
+def padding_of(conv: nn.Conv2d) -> int:
+    """0 or 1, of a 3x3 convolution that says it in any way."""
+    return int(conv.padding in ((1, 1), "same"))
+
+
+def _by_batch(
+    x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, skip: Tensor | None, pool: bool
+) -> Any:
+    padding = padding_of(conv)
+    if x.device.type == "cpu":
+        y = conv3x3(x, conv.weight, conv.bias, padding=padding, skip=skip)
+    else:
+        source = x if skip is None else crop_concat(skip, x)
+        y = F.conv2d(source, conv.weight, conv.bias, padding=padding)
+    if not unsupported(y, norm):
+        return norm_relu(y, norm, pool=pool)
+    y = F.relu(norm(y), inplace=True)
+    return (y, F.max_pool2d(y, 2)) if pool else y

@@ -18,6 +18,7 @@ from .. import _amx
 from ..crop_concat.reference import centre_crop
 from . import winograd, winograd_rule
 from .reference import (
+    conv3x3_reference,
     conv_relu_bwd_reference,
     conv_relu_pool_reference,
     conv_relu_reference,
@@ -61,6 +62,15 @@ def conv_relu_pool_onednn(
     if unsupported(x, weight, skip):
         return conv_relu_pool_reference(x, weight, bias, padding, skip, *flags)
     return _forward(x, weight, bias, padding, skip, pool=True)
+
+
+def conv3x3_onednn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None
+) -> Tensor:
+    """As ``conv3x3_reference``."""
+    if unsupported(x, weight, skip):
+        return conv3x3_reference(x, weight, bias, padding, skip)
+    return _forward(x, weight, bias, padding, skip, pool=False, relu=False)[0]
 
 
 def conv_relu_bwd_onednn(
@@ -130,15 +140,22 @@ def _all_gradients(
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None, pool: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: int,
+    skip: Tensor | None,
+    *,
+    pool: bool,
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The output and its pooled copy, if asked for."""
+    """The output, clamped at zero unless without ``relu``, and its pooled copy, if asked for."""
     if not _amx.unsupported(x, weight):
-        return _amx.conv_relu(x, _cropped(skip, x), weight, bias, padding, pool)
+        return _amx.conv_relu(x, _cropped(skip, x), weight, bias, padding, pool, relu)
     if not winograd_rule.unsupported("forward", x, weight, padding):
-        return winograd.conv_relu(x, weight, bias, padding, skip, pool)
+        return winograd.conv_relu(x, weight, bias, padding, skip, pool, relu)
     y = _convolve(x, weight, bias, padding, skip)
-    return y, _relu_pool(y, pool)
+    return y, _relu_pool(y, pool) if relu else y
 
 
 def _convolve(

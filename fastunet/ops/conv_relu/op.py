@@ -23,8 +23,14 @@ from .._library import (
     register_triton,
     waits_for_python,
 )
-from .onednn import conv_relu_bwd_onednn, conv_relu_onednn, conv_relu_pool_onednn
+from .onednn import (
+    conv3x3_onednn,
+    conv_relu_bwd_onednn,
+    conv_relu_onednn,
+    conv_relu_pool_onednn,
+)
 from .reference import (
+    conv3x3_reference,
     conv_relu_bwd_reference,
     conv_relu_pool_reference,
     conv_relu_reference,
@@ -38,6 +44,9 @@ _ARGUMENTS = f"Tensor x, Tensor weight, Tensor? bias, int padding, Tensor? skip,
 LIBRARY.define(f"conv_relu({_ARGUMENTS}) -> Tensor")
 LIBRARY.define(f"conv_relu_pool({_ARGUMENTS}) -> (Tensor, Tensor)")
 LIBRARY.define(
+    "conv3x3(Tensor x, Tensor weight, Tensor? bias, int padding, Tensor? skip) -> Tensor"
+)
+LIBRARY.define(
     "conv_relu_bwd(Tensor grad_y, Tensor? grad_pooled, Tensor y, Tensor x, Tensor weight, "
     "Tensor? skip, int padding, bool[4] needed, bool relu_made_x, bool grad_is_masked) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
@@ -45,6 +54,7 @@ LIBRARY.define(
 LIBRARY.define("relu_pool_(Tensor(a!) y, bool pool) -> Tensor")
 LIBRARY.define("relu_pool_bwd(Tensor grad_y, Tensor? grad_pooled, Tensor y) -> Tensor")
 for _name, _reference in (
+    ("conv3x3", conv3x3_reference),
     ("conv_relu", conv_relu_reference),
     ("conv_relu_pool", conv_relu_pool_reference),
     ("conv_relu_bwd", conv_relu_bwd_reference),
@@ -60,6 +70,9 @@ for _name, _kernel in (
 ):
     LIBRARY.impl(_name, _kernel, "CPU")
     register_triton(_name, "fastunet.ops.conv_relu.gpu")
+
+
+LIBRARY.impl("conv3x3", conv3x3_onednn, "CPU")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
@@ -85,9 +98,24 @@ def _conv_relu_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     return _gradients(ctx, grad_y, None)
 
 
-for _name, _backward in (("conv_relu", _conv_relu_backward), ("conv_relu_pool", _gradients)):
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, ctx.padding, skip = inputs
+    # no ReLU made a mask of the output
+    ctx.save_for_backward(weight, x, weight, skip)
+    ctx.flags = [False, True]
+
+
+def _conv3x3_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, grad_y, None)[:5]
+
+
+for _name, _backward, _setup in (
+    ("conv_relu", _conv_relu_backward, _save),
+    ("conv_relu_pool", _gradients, _save),
+    ("conv3x3", _conv3x3_backward, _save_linear),
+):
     torch.library.register_autograd(
-        f"fastunet::{_name}", _backward, setup_context=_save, lib=LIBRARY
+        f"fastunet::{_name}", _backward, setup_context=_setup, lib=LIBRARY
     )
     register_autocast(_name, lower_precision)
 
@@ -133,6 +161,19 @@ def conv_relu(
     if waits_for_python(_elements(x, weight, padding), x, weight, bias, skip):
         return eager.conv_relu(x, weight, bias, padding=padding, skip=skip, pool=pool)
     return (_CONV_RELU_POOL if pool else _CONV_RELU)(x, weight, bias, padding, skip)
+
+
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: int = 0,
+    skip: Tensor | None = None,
+) -> Tensor:
+    """``conv_relu`` without the ReLU, for what is normalised before it; arguments as there."""
+    _check(x, weight, bias, padding, skip, False)
+    return torch.ops.fastunet.conv3x3(x, weight, bias, padding, skip)
 
 
 def conv_relu_pair(

@@ -24,8 +24,15 @@ def conv_relu_reference(
 
     The ``flags`` are those of the gradient.
     """
+    return conv3x3_reference(x, weight, bias, padding, skip).relu_()
+
+
+def conv3x3_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None
+) -> Tensor:
+    """The convolution and bias alone."""
     source = x if skip is None else crop_concat_reference(skip, x)
-    y = F.conv2d(source, weight, bias, padding=padding).relu_()
+    y = F.conv2d(source, weight, bias, padding=padding)
     return y.contiguous(memory_format=torch.channels_last) if source.shape[1] == 1 else y
 
 

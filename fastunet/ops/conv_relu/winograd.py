@@ -18,7 +18,7 @@ from .reference import laid_out_like
 # images come and go as [B, C, H, W] in channels_last, results of the operators as [B, H, W, C]
 LIBRARY.define(
     "winograd_conv_relu(Tensor x, Tensor weight, Tensor? bias, int padding, Tensor? skip, "
-    "bool pool) -> (Tensor, Tensor)"
+    "bool pool, bool relu=True) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "winograd_grad_images(Tensor grad, Tensor weight, int padding, Tensor x, Tensor? skip, "
@@ -37,10 +37,11 @@ def conv_relu(
     padding: int,
     skip: Tensor | None,
     pool: bool,
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Convolution, bias and ReLU, and with ``pool`` the pooled copy."""
+    """Convolution, bias, ReLU and pooled copy, as asked for."""
     x, skip = _channels_last(x), None if skip is None else _channels_last(skip)
-    y, pooled = torch.ops.fastunet.winograd_conv_relu(x, weight, bias, padding, skip, pool)
+    y, pooled = torch.ops.fastunet.winograd_conv_relu(x, weight, bias, padding, skip, pool, relu)
     return _images(y), _images(pooled) if pool else pooled
 
 

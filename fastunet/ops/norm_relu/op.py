@@ -1,0 +1,162 @@
+"""``norm_relu``: schema, the CPU's kernels, autograd, running statistics."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...backends import EXTENSION_MISSING
+from .._library import LIBRARY
+from .reference import norm_relu_bwd_reference, norm_relu_reference
+
+LIBRARY.define(
+    "norm_relu(Tensor x, Tensor? weight, Tensor? bias, float eps, bool pool) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "norm_relu_bwd(Tensor grad_y, Tensor? grad_pooled, Tensor y, Tensor x, Tensor? weight, "
+    "Tensor? bias, Tensor mean, Tensor var, float eps, bool[3] needed) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+# the CPU's passes, over images as [B, H, W, C]
+LIBRARY.define("batch_statistics(Tensor x) -> (Tensor, Tensor)")
+_NORM = "Tensor mean, Tensor factor, Tensor shift"
+LIBRARY.define(f"normalised_relu(Tensor x, {_NORM}, bool pool) -> (Tensor, Tensor)")
+LIBRARY.define(f"norm_relu_sums(Tensor grad, Tensor x, {_NORM}, bool is_masked) -> Tensor")
+LIBRARY.define(
+    f"norm_relu_grad(Tensor grad, Tensor x, {_NORM}, bool is_masked, Tensor slope, Tensor offset) "
+    "-> Tensor"
+)
+
+
+def unsupported(x: Tensor, norm: nn.BatchNorm2d) -> str | None:
+    """Why the CPU's kernels do not take the normalisation of ``x``, or None."""
+    if EXTENSION_MISSING:
+        return EXTENSION_MISSING
+    if x.device.type != "cpu":
+        return f"{x.device.type} has the library's kernels"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"{x.dtype} is not float32 or bfloat16"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "the images are not in channels_last"
+    if x.numel() <= x.shape[1]:
+        return "there are no pixels, or one alone"
+    if type(norm) is not nn.BatchNorm2d or (norm.track_running_stats and norm.momentum is None):
+        return "it is no plain BatchNorm2d with a momentum"
+    return None
+
+
+def _norm_relu_cpu(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pool: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``norm_relu_reference``."""
+    pixels = x.permute(0, 2, 3, 1)
+    mean, var = torch.ops.fastunet.batch_statistics(pixels)
+    norm = _normalisation(weight, bias, mean, var, eps)
+    y, pooled = torch.ops.fastunet.normalised_relu(pixels, *norm, pool)
+    return y.permute(0, 3, 1, 2), pooled.permute(0, 3, 1, 2) if pool else pooled, mean, var
+
+
+def _norm_relu_bwd_cpu(
+    grad_y: Tensor,
+    grad_pooled: Tensor | None,
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``norm_relu_bwd_reference``."""
+    grad, pixels = grad_y.permute(0, 2, 3, 1).contiguous(), x.permute(0, 2, 3, 1)
+    is_masked = grad_pooled is not None
+    if grad_pooled is not None:
+        of_pooled = grad_pooled.permute(0, 2, 3, 1)
+        grad = torch.ops.fastunet.relu_pool_bwd(grad, of_pooled, y.permute(0, 2, 3, 1))
+    norm = _normalisation(weight, bias, mean, var, eps)
+    sums = torch.ops.fastunet.norm_relu_sums(grad, pixels, *norm, is_masked)
+    need_x, need_weight, need_bias = needed
+    inv_var = (var.double() + eps).reciprocal()
+    empty = x.new_empty(0)
+    grad_weight = grad_bias = empty
+    if need_weight and weight is not None:
+        grad_weight = (sums[1] * inv_var.sqrt()).to(weight.dtype)
+    if need_bias and bias is not None:
+        grad_bias = sums[0].to(bias.dtype)
+    if not need_x:
+        return empty, grad_weight, grad_bias
+    factor, count = norm[1].double(), x.numel() // x.shape[1]
+    slope, offset = factor * inv_var * sums[1] / count, factor * sums[0] / count
+    grad_x = torch.ops.fastunet.norm_relu_grad(
+        grad, pixels, *norm, is_masked, slope.float(), offset.float()
+    )
+    return grad_x.permute(0, 3, 1, 2), grad_weight, grad_bias
+
+
+def _normalisation(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, factor and shift of each channel, float32."""
+    factor = (var.double() + eps).rsqrt()
+    if weight is not None:
+        factor = factor * weight
+    shift = torch.zeros_like(mean) if bias is None else bias.float()
+    return mean, factor.float(), shift
+
+
+for _name, _reference, _kernel in (
+    ("norm_relu", norm_relu_reference, _norm_relu_cpu),
+    ("norm_relu_bwd", norm_relu_bwd_reference, _norm_relu_bwd_cpu),
+):
+    LIBRARY.impl(_name, _kernel, "CPU")
+    torch.library.register_fake(f"fastunet::{_name}", _reference, lib=LIBRARY)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, ctx.eps, ctx.pool = inputs
+    y, _, mean, var = output
+    # without pooling the mask is made from x anew
+    ctx.save_for_backward(y if ctx.pool else x, x, weight, bias, mean, var)
+
+
+def _backward(
+    ctx: Any, grad_y: Tensor, grad_pooled: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[:3])
+    grads = torch.ops.fastunet.norm_relu_bwd(
+        grad_y, grad_pooled if ctx.pool else None, *ctx.saved_tensors, ctx.eps, needed
+    )
+    given = (grad if need else None for grad, need in zip(grads, needed, strict=True))
+    return (*given, None, None)
+
+
+torch.library.register_autograd("fastunet::norm_relu", _backward, setup_context=_save, lib=LIBRARY)
+
+
+def norm_relu(x: Tensor, norm: nn.BatchNorm2d, *, pool: bool = False) -> Any:
+    """``relu(norm(x))`` by the statistics of the batch, which the running ones follow.
+
+    Args:
+        x: [B, C, H, W] for which nothing is ``unsupported``.
+        norm: holds the weights, and running statistics unless it tracks none.
+        pool: also return the 2x2 max-pooled output.
+    Returns: [B, C, H, W] of ``x``'s dtype; with ``pool`` a pair of that and its pooled copy.
+    """
+    y, pooled, mean, var = torch.ops.fastunet.norm_relu(x, norm.weight, norm.bias, norm.eps, pool)
+    if norm.training and norm.track_running_stats:
+        _follow(norm, mean, var, x.numel() // x.shape[1])
+    return (y, pooled) if pool else y
+
+
+@torch.no_grad()
+def _follow(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """Move the running statistics towards those of a batch of ``count`` pixels."""
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    assert norm.momentum is not None
+    unbiased = var * (count / (count - 1))
+    for running, now in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+        assert running is not None
+        running.lerp_(now.to(running.dtype), norm.momentum)
