@@ -11,7 +11,7 @@ from torch import nn
 import fastunet
 from fastunet import UNet
 
-from .accuracy import assert_as_accurate
+from .accuracy import assert_as_accurate, root_sum_square
 
 SMALL = (4, 8, 16)
 VARIANTS: list[dict[str, Any]] = [
@@ -89,7 +89,7 @@ def test_backward_matches_eager(options: dict[str, Any], device: torch.device) -
         assert got is not None
         assert eager is not None
         assert exact is not None
-        assert_as_accurate(got, eager, exact)
+        assert_as_accurate(got, eager, exact, root_sum_square)
 
 
 def test_dropout_is_at_the_end_of_the_contracting_path() -> None:
