@@ -19,6 +19,7 @@ from .measure import time_cases
 from .ops import (
     bench_conv_relu,
     bench_conv_relu_pair,
+    bench_conv_softmax,
     bench_crop_concat,
     bench_separate_touching,
     bench_up_conv,
@@ -33,6 +34,7 @@ BENCHES: dict[str, ModuleType] = {
     "conv_relu_pair": bench_conv_relu_pair,
     "up_conv": bench_up_conv,
     "crop_concat": bench_crop_concat,
+    "conv_softmax": bench_conv_softmax,
     "weighted_cross_entropy": bench_weighted_cross_entropy,
     "weight_map": bench_weight_map,
     "separate_touching": bench_separate_touching,
