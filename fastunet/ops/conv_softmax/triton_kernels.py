@@ -15,12 +15,12 @@ from .._triton import At, Launch, Launcher
 
 # all of a pixel stay in one program's registers
 MOST_CLASSES = 128
-# of a program: of its logits if they took as much as its images do, and of a pixel's channels a step
+# of a program, in the dtype of its images: all logits, and a pixel's channels in each step
 BLOCK_BYTES, STEP_BYTES = 8192, 128
 
 
 @triton.jit
-def _conv_softmax_kernel(
+def _conv_softmax_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr,
     pixels, blocks,
     C: tl.constexpr, CLASSES: tl.constexpr, LABELS: tl.constexpr,
@@ -62,7 +62,7 @@ def _conv_softmax_kernel(
         tl.store(y_ptr + at, y, mask=inside[:, None] & is_class[None, :])
 
 
-_launch = Launcher(_conv_softmax_kernel)
+_launch = Launcher(_conv_softmax_fwd_kernel)
 
 
 def classify(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -78,7 +78,7 @@ def classify(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
 
     def prepare() -> Launch:
         pixels, block_k = height * width, max(16, triton.next_power_of_2(classes))
-        # products in float32 have their operands in registers: they take half the block
+        # counted in bytes: products in float32 have their operands in registers, and larger spill
         itemsize = x.element_size()
         block_p = min(128, BLOCK_BYTES // itemsize // block_k)
         blocks = triton.cdiv(pixels, block_p)
