@@ -43,7 +43,7 @@ def speeds(files: dict[str, list[Row]]) -> str:
         cases = _cases(rows)
         paper = [case for case in cases if f" {PAPER_SIZE}x{PAPER_SIZE}, " in case[0].case]
         parts += [_where(rows), "", *_table([*_networks(paper), *_operators(cases)]), ""]
-    return "\n".join([*parts, _not_on_a_gpu(files)])
+    return "\n".join([*parts, *_unmeasured(files)])
 
 
 def details(files: dict[str, list[Row]]) -> str:
@@ -72,7 +72,7 @@ def details(files: dict[str, list[Row]]) -> str:
             cells = (*ours.case_key, digits(ours.ms), rival.contender, digits(rival.ms))
             parts.append(record.line(cells))
         parts += ["", "Who took no part:", "", *(f"- {note}" for note in record.notes(rows)), ""]
-    return "\n".join([*parts, _not_on_a_gpu(files)])
+    return "\n".join([*parts, *_unmeasured(files)])
 
 
 def update(path: Path, kind: str, text: str) -> None:
@@ -168,18 +168,21 @@ def _where(rows: Sequence[Row]) -> str:
     return f"{', '.join(parts)}, commit {record.commits(rows)}:"
 
 
-def _not_on_a_gpu(files: dict[str, list[Row]]) -> str:
-    """What no GPU has measured yet."""
-    measured = {
-        row.operator
+def _unmeasured(files: dict[str, list[Row]]) -> Iterable[str]:
+    """What no CPU and what no GPU has measured yet."""
+    ours = [
+        row
         for rows in files.values()
         for row in rows
-        if row.environment.driver and row.ms is not None and row.contender == OURS
-    }
-    missing = [f"`{name}`" for name in BENCHES if name not in measured]
-    if not missing:
-        return "Every operator and the network have been measured on a GPU."
-    return f"Not measured on a GPU yet: {', '.join(missing)}."
+        if row.ms is not None and row.contender == OURS
+    ]
+    for device, on_gpu in (("a CPU", False), ("a GPU", True)):
+        measured = {row.operator for row in ours if bool(row.environment.driver) == on_gpu}
+        missing = ", ".join(f"`{name}`" for name in BENCHES if name not in measured)
+        if missing:
+            yield f"Not measured on {device} yet: {missing}."
+        elif on_gpu:
+            yield f"Every operator and the network have been measured on {device}."
 
 
 def _cases(rows: Sequence[Row]) -> list[Case]:

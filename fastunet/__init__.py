@@ -7,8 +7,10 @@ from . import backends, ops
 from .accelerate import accelerate
 from .losses import WeightedCrossEntropyLoss
 from .ops import (
+    conv_argmax,
     conv_relu,
     conv_relu_pair,
+    conv_softmax,
     crop_concat,
     separate_touching,
     up_conv,
@@ -37,8 +39,10 @@ __all__ = [
     "WeightedCrossEntropyLoss",
     "accelerate",
     "backends",
+    "conv_argmax",
     "conv_relu",
     "conv_relu_pair",
+    "conv_softmax",
     "crop_concat",
     "load_model",
     "ops",

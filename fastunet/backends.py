@@ -14,9 +14,15 @@ OPERATORS = (
     "conv_relu",
     "up_conv",
     "crop_concat",
+    "conv_softmax",
+    "conv_argmax",
     "weighted_cross_entropy",
     "weight_map",
     "separate_touching",
+)
+# no kernel is missing there
+LEFT_TO_PYTORCH = dict.fromkeys(
+    [("conv_softmax", "cpu"), ("conv_argmax", "cpu")], "takes less than 1 % of a prediction"
 )
 # who serves if it is not Python code, and if it is
 DEVICES = {"cpu": ("cpp", "onednn"), "cuda": ("cuda", "triton")}
@@ -75,7 +81,7 @@ def _row(operator: str, device: str) -> Row:
     key = device.upper()
     kernel = re.search(rf"^{key}: registered at (.+?):\d+", registered, re.MULTILINE)
     if kernel is None:
-        return Row(operator, device, "reference", _why_reference(device))
+        return Row(operator, device, "reference", _why_reference(operator, device))
     native, python = DEVICES[device]
     backend = python if kernel[1].endswith(".py") else native
     return Row(operator, device, backend + _beside(operator, device), "")
@@ -98,7 +104,9 @@ def _beside(operator: str, device: str) -> str:
     return winograd + ("" if _amx.why_not_here() else ", amx for bfloat16")
 
 
-def _why_reference(device: str) -> str:
+def _why_reference(operator: str, device: str) -> str:
+    if (operator, device) in LEFT_TO_PYTORCH:
+        return LEFT_TO_PYTORCH[operator, device]
     reasons = [EXTENSION_MISSING]
     if device == "cuda":
         if not torch.cuda.is_available():

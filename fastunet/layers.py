@@ -1,11 +1,16 @@
 """The arrows of figure 1: a class per kind."""
 
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .ops.conv_softmax.reference import first_largest
+
+Answer = Literal["logit", "probability", "label"]
+ANSWERS = get_args(Answer)
 
 
 class ConvReLU(nn.Conv2d):
@@ -101,6 +106,31 @@ class BilinearUp(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C_out, 2 H, 2 W]."""
         return F.interpolate(super().forward(x), scale_factor=2, mode="bilinear")
+
+
+class Head(nn.Conv2d):
+    """Last arrow: 1x1 convolution to the classes, and what it says of them on request."""
+
+    def __init__(self, c_in: int, n_classes: int, sigmoid: bool, ops: ModuleType) -> None:
+        super().__init__(c_in, n_classes, 1)
+        self.sigmoid = sigmoid
+        self.conv_softmax, self.conv_argmax = ops.conv_softmax, ops.conv_argmax
+
+    def forward(self, x: Tensor, output: Answer = "logit") -> Tensor:
+        """[B, C, H, W] to [B, K, H, W], or to labels [B, H, W]."""
+        if output != "logit" and not self.sigmoid and self.out_channels > 1:
+            fused = self.conv_softmax if output == "probability" else self.conv_argmax
+            return fused(x, self.weight, self.bias)
+        y = super().forward(x)
+        if output == "logit":
+            return y.sigmoid() if self.sigmoid else y
+        p = y.to(torch.promote_types(y.dtype, torch.float32)).sigmoid()
+        return p if output == "probability" else decided(p)
+
+
+def decided(p: Tensor) -> Tensor:
+    """Labels [B, H, W] of probabilities [B, K, H, W]; one class is there above 0.5."""
+    return (p[:, 0] > 0.5).to(torch.uint8) if p.shape[1] == 1 else first_largest(p)
 
 
 def lowered(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:

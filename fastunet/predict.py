@@ -1,6 +1,6 @@
 """Prediction: any image, in tiles, with the result of the whole image.
 
-    image -> windows, mirrored at the borders -> network -> softmax -> one array or file
+    image -> windows, mirrored at the borders -> network -> one array or file
 
 Memory is bounded by a batch of tiles; images and results may be mapped from files.
 """
@@ -22,7 +22,7 @@ from . import graphs
 from .augment import mirror
 from .devices import autocast as autocast_context
 from .files import replacing
-from .layers import lowered
+from .layers import decided, lowered
 from .tiles import Axis, Span, plan_axis
 from .unet import UNet
 
@@ -89,7 +89,7 @@ def predict(
     leading = (model.n_classes,) if output == "probability" else ()
     result = np.empty((*leading, *page.shape[1:]), _dtype(model, output))
     advance = _counter(progress, _tiles(plan))
-    with _running(model, _finish(model, output), autocast, tta, cuda_graph) as run:
+    with _running(model, output, autocast, tta, cuda_graph) as run:
         _fill(run, page, result, plan, batch=batch, advance=advance)
     return result
 
@@ -164,9 +164,7 @@ def predict_pages(
     mine = range(distributed.rank(), len(shapes), distributed.count())
     advance = _counter(progress, sum(_tiles(plans[i]) for i in mine))
     planes = (model.n_classes,) if output != "label" and model.n_classes > 2 else ()
-    finish = _finish(
-        model, "label" if output == "label" else "probability" if planes else "foreground"
-    )
+    wanted = "label" if output == "label" else "probability" if planes else "foreground"
 
     def fill(i: int, target: NDArray[Any]) -> None:
         page = source.page(i)
@@ -198,7 +196,7 @@ def predict_pages(
     leading = () if output == "instances" else planes
     dtype = np.uint32 if output == "instances" else _dtype(model, output)
     with ExitStack() as stack:
-        run = stack.enter_context(_running(model, finish, autocast, tta, cuda_graph))
+        run = stack.enter_context(_running(model, wanted, autocast, tta, cuda_graph))
 
         def create() -> results.TiffPages:
             sizes = [(*leading, *shape[1:]) for shape in shapes]
@@ -224,28 +222,38 @@ def _naming(path: Path) -> Iterator[None]:
 @contextmanager
 def _running(
     model: UNet,
-    finish: Callable[[Tensor], Tensor],
+    output: str,
     autocast: torch.dtype | None,
     tta: bool,
     cuda_graph: bool | None,
 ) -> Iterator[Run]:
-    """What makes results of tiles: in evaluation mode, with weights that are converted once."""
+    """What makes results of tiles: in evaluation mode, with weights that are converted once.
+
+    ``output`` is "probability", "label" or "foreground", the last class's probability.
+    """
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
     records = device.type == "cuda" if cuda_graph is None else cuda_graph
     with _evaluating(model), autocast_context(device, autocast, cached=not records):
         weights = lowered(model, autocast)
+        # orientations are averaged before classes are told apart
+        asked = {"output": "label" if output == "label" and not tta else "probability"}
 
-        def probability(x: Tensor) -> Tensor:
-            return _probability(model, functional_call(model, weights, x).float())
+        def forward(x: Tensor) -> Tensor:
+            y: Tensor = functional_call(model, weights, (x,), asked)
+            return y
 
         patience = 0 if cuda_graph else graphs.PATIENCE
-        network = graphs.Recorded(probability, patience) if records else probability
+        network = graphs.Recorded(forward, patience) if records else forward
 
         def run(tiles: NDArray[np.float32]) -> NDArray[Any]:
             x = torch.from_numpy(tiles).to(device, dtype, memory_format=torch.channels_last)
-            p = _turned_mean(network, x) if tta else network(x)
-            return np.asarray(finish(p).cpu().numpy())
+            y = _turned_mean(network, x) if tta else network(x)
+            if output == "foreground":
+                y = y[:, -1]
+            elif output == "label" and tta:
+                y = decided(y)
+            return np.asarray(y.cpu().numpy())
 
         yield run
 
@@ -310,13 +318,6 @@ def _evaluating(model: UNet) -> Iterator[None]:
             module.training = training
 
 
-def _probability(model: UNet, y: Tensor) -> Tensor:
-    """What the network's output says of each class, [B, K, H, W]."""
-    if model.activation == "sigmoid":
-        return y
-    return y.sigmoid() if model.n_classes == 1 else y.softmax(1)
-
-
 def _turned_mean(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The mean of the network's results for ``x`` in eight orientations, turned back."""
     total: Tensor | float = 0.0
@@ -325,18 +326,6 @@ def _turned_mean(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         y = network(seen).rot90(-turns, (-2, -1))
         total = total + (y.flip(-1) if flipped else y)
     return torch.as_tensor(total / 8)
-
-
-def _finish(model: UNet, output: str) -> Callable[[Tensor], Tensor]:
-    """What becomes of probabilities [B, K, H, W]."""
-    if output == "probability":
-        return lambda p: p
-    if output == "foreground":
-        return lambda p: p[:, -1]
-    if model.n_classes == 1:
-        return lambda p: (p[:, 0] > 0.5).to(torch.uint8)
-    narrow = torch.uint8 if model.n_classes <= 256 else torch.int32
-    return lambda p: p.argmax(1).to(narrow)
 
 
 def _dtype(model: UNet, output: str) -> type[np.generic]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops as fused_ops
-from .layers import BilinearUp, ConvPair, UpConv
+from .layers import ANSWERS, Answer, BilinearUp, ConvPair, Head, UpConv
 from .ops.crop_concat.reference import centre_crop
 from .recompute import recomputed
 
@@ -114,7 +114,7 @@ class UNet(nn.Module):
                 c_up, c_out = c, widths[max(level - 1, 0)]
             self.expanding.append(ConvPair(width + c_up, c_out, pad, norm, ops, c_mid=width))
             c = c_out
-        self.head = nn.Conv2d(c, n_classes, 1)
+        self.head = Head(c, n_classes, activation == "sigmoid", ops)
         self.reset_parameters()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -163,18 +163,31 @@ class UNet(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, n_classes, H', W'] of images [B, in_channels, H, W].
+    def forward(self, x: Tensor, output: Answer = "logit") -> Tensor:
+        """What the network says of images [B, in_channels, H, W].
+
+        Args:
+            x: images.
+            output: "logit", which ``activation`` makes a probability, in the layers' dtype;
+                "probability", by softmax, with ``activation`` or for one class by sigmoid, in
+                float32 (float64 for a network of float64); or "label", the most probable class,
+                of one class 1 where its probability is above 0.5. Of the last two a softmax is
+                one operator with the head, which keeps no logits.
+        Returns: [B, n_classes, H', W'], or labels [B, H', W'] uint8 (int32 for more than 256
+            classes).
 
         H' is ``output_size(H)``: smaller by the margins for "valid", H for "same", which mirrors
         the bottom and right of an image up to a multiple of 2^(levels - 1) and crops the result,
-        unless ``odd`` says otherwise. Probabilities with ``activation``.
+        unless ``odd`` says otherwise.
 
-        Raises: ValueError for another number of channels, and for a size that does not fit, with
-            the nearest sizes that do.
+        Raises: ValueError for another number of channels or output, and for a size that does not
+            fit, with the nearest sizes that do.
         """
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"UNet: x must be [B, {self.in_channels}, H, W], got {list(x.shape)}")
+        if output not in ANSWERS:
+            want = " or ".join(map(repr, ANSWERS))
+            raise ValueError(f"UNet: output must be {want}, got {output!r}")
         height, width = (self.output_size(n) for n in x.shape[2:])
         if self.padding == "same" and self.odd is None:
             x = self._mirror_to_grid(x)
@@ -186,8 +199,8 @@ class UNet(nn.Module):
         x = self._run(self.contracting[-1], x)
         for up_conv, pair in zip(self.up_convs, self.expanding, strict=True):
             x = self._run(self._expand, up_conv, pair, x, skips.pop())
-        y = self.head(x)[:, :, :height, :width]
-        return y if self.activation is None else y.sigmoid()
+        y: Tensor = self.head(x, output)
+        return y[..., :height, :width]
 
     def _expand(self, up_conv: nn.Module, pair: nn.Module, x: Tensor, skip: Tensor) -> Any:
         """One level of the expanding path."""

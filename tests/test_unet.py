@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import fastunet
 from fastunet import UNet
+from fastunet.layers import ANSWERS
 
 from .accuracy import assert_as_accurate, root_sum_square
 
@@ -27,7 +29,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 def small(**options: Any) -> UNet:
     torch.manual_seed(0)
-    model = UNet(2, 3, widths=SMALL, **options)
+    model = UNet(2, **{"n_classes": 3, **options}, widths=SMALL)
     for name, tensor in model.state_dict().items():
         if name.endswith(("norm.running_mean", "norm.bias")):
             tensor.normal_()
@@ -71,6 +73,70 @@ def test_forward_matches_eager(options: dict[str, Any], device: torch.device) ->
     x = torch.randn(2, 2, 60, 52, device=device)
     with torch.no_grad():
         assert_as_accurate(model(x), twin(x), exact_twin(x.double()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"n_classes": 1},
+        {"n_classes": 300},
+        {"padding": "same", "norm": "batch"},
+        {"padding": "same", "activation": "sigmoid"},
+        {"n_classes": 1, "activation": "sigmoid"},
+    ],
+    ids=str,
+)
+def test_outputs(options: dict[str, Any], device: torch.device) -> None:
+    model, twin = (
+        small(**options, ops=ops).to(device).eval() for ops in (fastunet.ops, fastunet.ops.eager)
+    )
+    exact = copy.deepcopy(twin).double()
+    # sizes that "same" crops
+    x = torch.randn(2, 2, 61, 53, device=device)[:, :, : 61 if "padding" in options else 60, 1:]
+    with torch.no_grad():
+        logits, p, labels = (exact(x.double(), output) for output in ANSWERS)
+        for network in (model, twin):
+            assert torch.equal(network(x), network(x, output="logit"))
+            assert_as_accurate(network(x, "probability"), twin(x, "probability"), p)
+        ours = model(x, "label")
+        lower = copy.deepcopy(model).bfloat16()(x.bfloat16(), "probability")
+    assert lower.dtype == torch.float32
+    want = logits if model.activation else logits.sigmoid()
+    if model.n_classes > 1 and not model.activation:
+        want = logits.softmax(1)
+    torch.testing.assert_close(p, want)
+    several = model.n_classes > 1
+    assert torch.equal(labels, p.argmax(1) if several else p[:, 0] > 0.5)
+    assert labels.dtype == (torch.int32 if model.n_classes > 256 else torch.uint8)
+    assert ours.dtype == labels.dtype
+    assert len(labels.unique()) > 1
+    # where two are equal but for rounding, either will do
+    best = p.topk(2, dim=1).values if several else torch.cat([p, 1 - p], 1)
+    apart = (best[:, 0] - best[:, 1]).abs() > 1e-5
+    assert torch.equal(ours[apart], labels[apart])
+    assert apart.float().mean() > 0.9
+
+
+def test_outputs_are_fused() -> None:
+    calls = []
+
+    def noted(name: str) -> Any:
+        def operator(*arguments: Any) -> Any:
+            calls.append(name)
+            return getattr(fastunet.ops, name)(*arguments)
+
+        return operator
+
+    names = ("conv_softmax", "conv_argmax")
+    ops = SimpleNamespace(**{**vars(fastunet.ops), **{name: noted(name) for name in names}})
+    x = torch.randn(1, 2, 44, 44)
+    for output in ANSWERS:
+        small(ops=ops)(x, output)
+    assert calls == list(names)
+    for options in ({"n_classes": 1}, {"activation": "sigmoid"}):
+        small(**options, ops=ops)(x, "label")
+    assert calls == list(names)
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
@@ -156,6 +222,8 @@ def test_error_names_nearest_sizes() -> None:
         model(torch.zeros(1, 1, 100, 188))
     with pytest.raises(ValueError, match=r"x must be \[B, 1, H, W\], got \[1, 3, 188, 188\]"):
         model(torch.zeros(1, 3, 188, 188))
+    with pytest.raises(ValueError, match=r"output must be 'logit' or .* or 'label', got 'mask'"):
+        model(torch.zeros(1, 1, 188, 188), "mask")
 
 
 @pytest.mark.parametrize("up", ["transpose", "bilinear"])
@@ -203,13 +271,16 @@ def test_runs_channels_last() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"padding": "same"}], ids=str)
-def test_compile(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("output", ANSWERS)
+def test_compile(options: dict[str, Any], output: Any) -> None:
+    # graphs of other tests would use up their number
+    torch.compiler.reset()
     torch.use_deterministic_algorithms(False)
     model = small(**options).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     for size in (44, 60, 76):
         x = torch.randn(1, 2, size, size + 4)
-        torch.testing.assert_close(compiled(x), model(x))
+        torch.testing.assert_close(compiled(x, output), model(x, output))
 
 
 def test_rejects() -> None:

@@ -2,6 +2,7 @@
 
 from . import eager
 from .conv_relu import conv_relu, conv_relu_pair, use_winograd
+from .conv_softmax import conv_argmax, conv_softmax
 from .crop_concat import crop_concat
 from .folding import conv_norm_relu
 from .up_conv import up_conv
@@ -9,9 +10,11 @@ from .weight_map import separate_touching, weight_map
 from .weighted_cross_entropy import weighted_cross_entropy
 
 __all__ = [
+    "conv_argmax",
     "conv_norm_relu",
     "conv_relu",
     "conv_relu_pair",
+    "conv_softmax",
     "crop_concat",
     "eager",
     "separate_touching",

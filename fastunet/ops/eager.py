@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conv_softmax.reference import conv_argmax_reference, conv_softmax_reference
 from .crop_concat.reference import crop_concat_reference as crop_concat
 from .up_conv.reference import up_conv_reference
 
@@ -64,6 +65,16 @@ def up_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return up_conv_reference(x, weight, bias)
 
 
+def conv_softmax(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As ``fastunet.ops.conv_softmax``, one after the other."""
+    return conv_softmax_reference(x, weight, bias)
+
+
+def conv_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As ``fastunet.ops.conv_argmax``, one after the other."""
+    return conv_argmax_reference(x, weight, bias)
+
+
 def weighted_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -99,9 +110,11 @@ def weighted_cross_entropy(
 
 
 __all__ = [
+    "conv_argmax",
     "conv_norm_relu",
     "conv_relu",
     "conv_relu_pair",
+    "conv_softmax",
     "crop_concat",
     "up_conv",
     "weighted_cross_entropy",
