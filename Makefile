@@ -8,6 +8,10 @@ INSTALLED = $(VENV)/.installed
 LATER_TRITON = 3.9.0
 LATER = $(VENV)-triton-$(LATER_TRITON)
 
+# tests run in so many processes, file by file and one thread each: small networks wait for threads
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 # minutes that one call of gpu-check may take
 MINUTES ?= 8
 
@@ -17,10 +21,10 @@ demo: $(INSTALLED)
 	$(BIN)/fastunet demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-triton: $(INSTALLED) $(LATER)/triton
-	PYTHONPATH=$(LATER) $(BIN)/python -m pytest tests/ops/test_*_kernels.py tests/ops/test_*_compiled.py
+	PYTHONPATH=$(LATER) $(PYTEST) tests/ops/test_*_kernels.py tests/ops/test_*_compiled.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -20,6 +20,14 @@ PAGES, HELD_OUT, SIZE = 12, 4, (256, 256)
 WIDTHS = (16, 32, 64, 128)
 
 
+class InterruptedDemoError(Exception):
+    """The signal that ended training before the demo was complete."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"interrupted by signal {signal}")
+        self.signal = signal
+
+
 def run(folder: Path, *, steps: int, device: str, seed: int) -> dict[str, Any]:
     """Leave data, a checkpoint, a figure and scores in ``folder``; a summary comes back.
 
@@ -29,7 +37,7 @@ def run(folder: Path, *, steps: int, device: str, seed: int) -> dict[str, Any]:
         device: as ``pick_device`` takes it.
         seed: of everything random.
     Returns: names and values for a person to read.
-    Raises: KeyboardInterrupt if training was interrupted.
+    Raises: InterruptedDemoError if a signal ended training.
     """
     images, labels = write_cells(folder, pages=PAGES, size=SIZE, seed=seed)
     last = PAGES - HELD_OUT - 1
@@ -52,7 +60,7 @@ def run(folder: Path, *, steps: int, device: str, seed: int) -> dict[str, Any]:
         (folder / "run" / name).unlink(missing_ok=True)
     outcome = fit(model, training, config, folder / "run", validation=held_out)
     if outcome.stopped_by is not None:
-        raise KeyboardInterrupt
+        raise InterruptedDemoError(outcome.stopped_by)
 
     best = load_model(folder / "run" / BEST, target)
     probabilities = [predict(best, section.image) for section in held_out]

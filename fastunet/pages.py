@@ -140,7 +140,10 @@ def _reading(what: str | Path) -> Iterator[None]:
         yield
     # given a damaged file, a decoder raises whatever its author did not foresee
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).splitlines()), "")
+        if " " not in reason:
+            # a missing key, for instance, says nothing but its name
+            reason = f"it seems damaged ({type(error).__name__}: {reason})"
         raise DataError(f"{what}: cannot be read: {reason}") from error
 
 

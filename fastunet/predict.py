@@ -165,6 +165,10 @@ def predict_pages(
     advance = _counter(progress, sum(_tiles(plans[i]) for i in mine))
     planes = (model.n_classes,) if output != "label" and model.n_classes > 2 else ()
     wanted = "label" if output == "label" else "probability" if planes else "foreground"
+    tell_apart = instances or partial(watershed_instances, method="watershed")
+    if output == "instances":
+        # what its options cannot be is said before the first page is predicted
+        tell_apart(np.full((*planes, 1, 1), 1 / model.n_classes, np.float32))
 
     def fill(i: int, target: NDArray[Any]) -> None:
         page = source.page(i)
@@ -192,7 +196,6 @@ def predict_pages(
             results.draw(picture, source.page(i), target, output)
         return top
 
-    tell_apart = instances or partial(watershed_instances, method="watershed")
     leading = () if output == "instances" else planes
     dtype = np.uint32 if output == "instances" else _dtype(model, output)
     with ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,16 @@ def test_the_old_file_survives_damage(
     assert "images/b.tif: cannot be read" in one_line(capsys)
     assert output.read_bytes() == old
     assert [file.name for file in output.parent.iterdir()] == ["p.tif"]
+
+
+def test_border_class_is_checked_before_the_first_page(
+    folders: tuple[Path, Path],
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(import_module("fastunet.predict"), "_fill")
+    more = ("--kind", "instances", "--border-class", 2)
+    assert predict(folders, checkpoint, *more) == 2
+    assert "border_class must be of three classes or more" in one_line(capsys)
+    assert nothing_written(folders[0].parent)

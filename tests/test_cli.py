@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -17,7 +18,7 @@ import tifffile
 from fastunet_benchmarks import run
 
 import fastunet
-from fastunet import cli, load_model, metrics
+from fastunet import cli, demo, load_model, metrics
 from fastunet.cli import apply, convert, tools, train
 from fastunet.data import load_sections, standardise
 from fastunet.pages import open_pages
@@ -256,3 +257,14 @@ def test_interrupt_saves_and_leaves(data: tuple[Path, Path], tmp_path: Path) -> 
     assert "--resume" in printed
     assert "Traceback" not in printed
     assert (tmp_path / LAST).exists()
+
+
+def test_interrupted_demo_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **options: Any) -> SimpleNamespace:
+        return SimpleNamespace(stopped_by=signal.SIGINT)
+
+    monkeypatch.setattr(demo, "fit", interrupted)
+    assert call("demo", "--output", tmp_path) == 128 + signal.SIGINT
+    assert "the same command starts it anew" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from fastunet import pages
 from fastunet.pages import DataError, open_pages
 
 zarr: Any = pytest.importorskip("zarr", reason="zarr is not installed")
@@ -254,3 +255,9 @@ def test_without_zarr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zarr", None)
     with pytest.raises(DataError, match=r"a\.zarr: .*pip install 'fastunet\[zarr\]'"):
         open_pages(tmp_path / "a.zarr")
+
+
+def test_a_reason_of_one_word_is_explained() -> None:
+    want = r"a\.tif: cannot be read: it seems damaged \(KeyError: 0\)"
+    with pytest.raises(DataError, match=want), pages._reading("a.tif"):
+        raise KeyError(0)

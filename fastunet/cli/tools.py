@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from .. import __version__
-from .common import AsJson, Device, app, integers, out, print_result
+from .common import AsJson, Device, app, err, integers, out, print_result
 
 if TYPE_CHECKING:
     import torch
@@ -163,7 +163,11 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
     """Draw synthetic cells, train on them, segment others, score and show the result."""
-    from ..demo import run
+    from ..demo import InterruptedDemoError, run
 
-    result = run(output, steps=steps, device=device, seed=seed)
+    try:
+        result = run(output, steps=steps, device=device, seed=seed)
+    except InterruptedDemoError as error:
+        err.print("stopped before the demo was complete; the same command starts it anew")
+        raise typer.Exit(128 + error.signal) from None
     print_result(result, as_json=False)
