@@ -1,11 +1,11 @@
-"""Activation checkpointing: what a part of a network computes, again in backward."""
+"""Activation checkpointing: parts of a network, or tensors, computed again in backward."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -27,6 +27,34 @@ def recomputed(model: nn.Module, part: Callable[..., Any], *arguments: Any) -> A
         return nullcontext(), _statistics_kept(norms)
 
     return checkpoint(part, *arguments, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def made_again(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
+    """Within, what is kept of ``tensor`` for backward is how it is made.
+
+    Args:
+        tensor: nobody changes what it is made of before backward.
+        make: gives it once more, without gradients and under the autocast of now.
+    """
+    kind = tensor.device.type
+    options: dict[str, Any] = {
+        "dtype": torch.get_autocast_dtype(kind),
+        "enabled": torch.is_autocast_enabled(kind),
+    }
+    name = (tensor.data_ptr(), tensor.shape, tensor.stride())
+
+    def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
+        return make if (kept.data_ptr(), kept.shape, kept.stride()) == name else kept
+
+    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad(), torch.autocast(kind, cache_enabled=False, **options):
+            return kept()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """The network of figure 1, whose ``forward`` reads as the figure does."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal
 
@@ -11,9 +13,11 @@ from torch import Tensor, nn
 from . import ops as fused_ops
 from .layers import ANSWERS, Answer, BilinearUp, ConvPair, Head, UpConv
 from .ops.crop_concat.reference import centre_crop
-from .recompute import recomputed
+from .recompute import made_again, recomputed
 
 PAPER_WIDTHS = (64, 128, 256, 512, 1024)
+# devices whose memory runs out before their time does
+RECOMPUTING = {"cuda"}
 
 
 class UNet(nn.Module):
@@ -37,8 +41,9 @@ class UNet(nn.Module):
             mirrors the image up to one that does. "pad": up-sampled features get zeros up to the
             skip's size; "same" padding only. "crop": the skip is cropped, the output is smaller.
         activation: None for logits, or "sigmoid" for the probability of each class on its own.
-        recompute: keep only what goes between the levels for backward, and compute the rest
-            again. Training is slower, and its result the same.
+        recompute: what is computed again in backward instead of being kept. True: all but what
+            goes between the levels, which takes a third more time. False: nothing. None: on a GPU
+            the pooled copies and up-convolutions, which take little. The result is the same.
         ops: the module whose operators run, ``fastunet.ops`` or ``fastunet.ops.eager``.
     Raises: ValueError for arguments that cannot work.
     Source: Ronneberger et al. 2015, figure 1 and section 3 (initialisation).
@@ -57,7 +62,7 @@ class UNet(nn.Module):
         variant: Literal["paper", "release"] = "paper",
         odd: Literal["pad", "crop"] | None = None,
         activation: Literal["sigmoid"] | None = None,
-        recompute: bool = False,
+        recompute: bool | None = None,
         ops: ModuleType = fused_ops,
     ) -> None:
         super().__init__()
@@ -193,10 +198,14 @@ class UNet(nn.Module):
             x = self._mirror_to_grid(x)
 
         skips = []
+        again: AbstractContextManager[None] = nullcontext()
         for pair in self.contracting[:-1]:
-            skip, x = self._run(pair, x, None, True)
+            with again:
+                skip, x = self._run(pair, x, None, True)
+            again = self._made_again(x, partial(F.max_pool2d, skip.detach(), 2))
             skips.append(skip)
-        x = self._run(self.contracting[-1], x)
+        with again:
+            x = self._run(self.contracting[-1], x)
         for up_conv, pair in zip(self.up_convs, self.expanding, strict=True):
             x = self._run(self._expand, up_conv, pair, x, skips.pop())
         y: Tensor = self.head(x, output)
@@ -204,13 +213,23 @@ class UNet(nn.Module):
 
     def _expand(self, up_conv: nn.Module, pair: nn.Module, x: Tensor, skip: Tensor) -> Any:
         """One level of the expanding path."""
-        x = up_conv(x)
+        below, x = x.detach(), up_conv(x)
+        again = self._made_again(x, partial(up_conv, below))
         if self.odd == "pad":
             x = _pad_around(x, skip.shape[2], skip.shape[3])
         if self.variant == "release":
             # the released network's order: up-sampled features first
             x, skip = centre_crop(skip, x.shape[2], x.shape[3]), x
-        return pair(x, skip=skip)
+        with again:
+            return pair(x, skip=skip)
+
+    def _made_again(self, x: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[None]:
+        """Within, ``x`` is not kept for backward but made again, where that is wanted."""
+        # a compiler finds by itself what to keep
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return nullcontext()
+        wanted = self.recompute is None and x.device.type in RECOMPUTING
+        return made_again(x, make) if wanted else nullcontext()
 
     def _run(self, level: Callable[..., Any], *arguments: Any) -> Any:
         """One level of the network, computed again in backward on request."""

@@ -204,7 +204,7 @@ def train(
             up=up,
             dropout=dropout,
             variant=variant,
-            recompute=recompute,
+            recompute=recompute or None,
         ).to(target)
         outcome = fit(
             model,

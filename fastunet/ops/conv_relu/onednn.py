@@ -124,18 +124,19 @@ def _all_gradients(
     """Gradients of x, weight, bias and skip by oneDNN, each source on its own."""
     need_x, need_weight, need_bias, need_skip = needed
     c = 0 if skip is None else skip.shape[1]
+    of_skip = grad_skip = x.new_empty(0)
+    crop = _cropped(skip, x)
+    if crop is not None:
+        # before that of x, as its crop and the whole together take the most memory of a step
+        needed = [need_skip, need_weight, False]
+        grad_skip, of_skip, _ = _gradients(masked, crop, weight[:, :c], padding, needed)
+        if need_skip:
+            grad_skip = torch.ops.fastunet.crop_concat_bwd(grad_skip, skip)
     needed = [need_x, need_weight, need_bias]
     mask = x if relu_made_x else None
     grad_x, grad_weight, grad_bias = _gradients(masked, x, weight[:, c:], padding, needed, mask)
-    crop = _cropped(skip, x)
-    if crop is None:
-        return grad_x, grad_weight, grad_bias, x.new_empty(0)
-    needed = [need_skip, need_weight, False]
-    grad_skip, of_skip, _ = _gradients(masked, crop, weight[:, :c], padding, needed)
-    if need_weight:
+    if crop is not None and need_weight:
         grad_weight = laid_out_like(torch.cat([of_skip, grad_weight], 1), weight)
-    if need_skip:
-        grad_skip = torch.ops.fastunet.crop_concat_bwd(grad_skip, skip)
     return grad_x, grad_weight, grad_bias, grad_skip
 
 

@@ -42,8 +42,8 @@ def up_conv_bwd_onednn(
         of_taps = torch.mm(pixels.t(), fours).view(c, 2, 2, c_out)
         grad_weight = laid_out_like(of_taps.permute(0, 3, 1, 2), weight)
     if need_bias:
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        grad_bias = fours.sum(0, dtype=wide).view(4, c_out).sum(0).to(grad.dtype)
+        # sums in float32 by itself; asked for them, PyTorch first copies the images into float32
+        grad_bias = grad.sum((0, 2, 3))
     return grad_x, grad_weight, grad_bias
 
 
