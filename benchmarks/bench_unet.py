@@ -51,16 +51,16 @@ def cases(setting: Setting) -> list[Case]:
     Its training also with batch normalisation, as most followers have it.
     """
     on_cpu = setting.device.type == "cpu"
-    quick = ((1, 252),)
-    kinds: list[tuple[bool, str | None, Sequence[Shape], Sequence[Shape]]] = [
-        (training, None, CPU_SHAPES[training] if on_cpu else GPU_SHAPES, quick)
+    kinds: list[tuple[bool, str | None, Sequence[Shape]]] = [
+        (training, None, CPU_SHAPES[training] if on_cpu else GPU_SHAPES)
         for training in (False, True)
     ]
-    kinds.append((True, "batch", NORMALISED_SHAPES, ()))
+    if not setting.quick:
+        kinds.append((True, "batch", NORMALISED_SHAPES))
     return [
         _case(batch, size, dtype, training, norm, setting)
-        for training, norm, full, few in kinds
-        for batch, size in setting.network_shapes(full=full, quick=few)
+        for training, norm, full in kinds
+        for batch, size in setting.network_shapes(full=full, quick=[(1, 252)])
         for dtype in setting.dtypes
         if norm is None or batch == 1
     ]
