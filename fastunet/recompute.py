@@ -29,6 +29,12 @@ def recomputed(model: nn.Module, part: Callable[..., Any], *arguments: Any) -> A
     return checkpoint(part, *arguments, use_reentrant=False, context_fn=contexts)
 
 
+def others_keep() -> bool:
+    """Whether somebody else decides what is kept, as a checkpoint around the network does."""
+    internals: Any = torch._C
+    return internals._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 @contextmanager
 def made_again(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
     """Within, what is kept of ``tensor`` for backward is how it is made.

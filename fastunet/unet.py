@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import ops as fused_ops
 from .layers import ANSWERS, Answer, BilinearUp, ConvPair, Head, UpConv
 from .ops.crop_concat.reference import centre_crop
-from .recompute import made_again, recomputed
+from .recompute import made_again, others_keep, recomputed
 
 PAPER_WIDTHS = (64, 128, 256, 512, 1024)
 # devices whose memory runs out before their time does
@@ -226,7 +226,7 @@ class UNet(nn.Module):
     def _made_again(self, x: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[None]:
         """Within, ``x`` is not kept for backward but made again, where that is wanted."""
         # a compiler finds by itself what to keep
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or others_keep():
             return nullcontext()
         wanted = self.recompute is None and x.device.type in RECOMPUTING
         return made_again(x, make) if wanted else nullcontext()
