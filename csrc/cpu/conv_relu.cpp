@@ -1,24 +1,18 @@
 #include "conv_relu.h"
 
 #include <algorithm>
-#include <limits>
 
-#include "bfloat16.h"
+#include "float_bits.h"
 
 namespace fastunet::cpu {
 namespace {
 
-template <typename Float, typename Bits = typename Float::Bits>
-FASTUNET_INLINE Bits relu(Bits x) {
-  const Bits magnitude = x & std::numeric_limits<Bits>::max();
-  return x < 0 && magnitude <= Float::kInfinity ? Bits(0) : magnitude;
+template <typename Bits>
+FASTUNET_INLINE Bits add(Bits a, Bits b) {
+  Bits sum;
+  narrow(widened(a) + widened(b), &sum);
+  return sum;
 }
-
-FASTUNET_INLINE int32_t add(int32_t a, int32_t b) {
-  return bit_cast<int32_t>(bit_cast<float>(a) + bit_cast<float>(b));
-}
-
-FASTUNET_INLINE int16_t add(int16_t a, int16_t b) { return narrowed(widened(a) + widened(b)); }
 
 template <typename Float, typename Bits>
 FASTUNET_INLINE void relu_row(Bits* y, int64_t size) {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "bfloat16.h"
+#include "float_bits.h"
 #include "vectorize.h"
 
 namespace fastunet::cpu {
@@ -13,14 +13,6 @@ namespace {
 constexpr int64_t kPartValues = 1 << 15, kLeastPixels = 16, kRun = 16;
 // channels at a time, whose sums stay in the nearest cache
 constexpr int64_t kStrip = 64;
-
-FASTUNET_INLINE float load(int32_t bits) { return bit_cast<float>(bits); }
-FASTUNET_INLINE float load(int16_t bits) { return widened(bits); }
-FASTUNET_INLINE void store(float value, int32_t* to) { *to = bit_cast<int32_t>(value); }
-FASTUNET_INLINE void store(float value, int16_t* to) { *to = narrowed(value); }
-
-FASTUNET_INLINE float relu(float x) { return x < 0 ? 0.0f : x; }
-FASTUNET_INLINE float larger(float a, float b) { return (a > b) | (a != a) ? a : b; }
 
 // Calls add(channel, pixel, sums) for each channel of a run of pixels, and adds the sums, kSums of
 // them a channel, to result[kSums, channels].
@@ -47,24 +39,32 @@ FASTUNET_INLINE void add_runs(int64_t pixels, int64_t channels, double* result, 
 }
 
 template <typename Bits>
-FASTUNET_INLINE float normalised(Bits x, const Normalisation& norm, int64_t k) {
-  return (load(x) - norm.mean[k]) * norm.factor[k] + norm.shift[k];
+FASTUNET_INLINE float normalised(Bits x, float mean, float factor, float shift) {
+  return (widened(x) - mean) * factor + shift;
 }
 
 template <typename Bits>
-FASTUNET_INLINE float masked(Bits grad, Bits x, const Normalisation& norm, bool is_masked,
-                             int64_t k) {
-  const float given = load(grad);
-  return (normalised(x, norm, k) > 0) | is_masked ? given : 0.0f;
+FASTUNET_INLINE float masked(Bits grad, float y, bool is_masked) {
+  const float given = widened(grad);
+  return (y > 0) | is_masked ? given : 0.0f;
 }
 
-template <typename Bits>
+template <typename Float, typename Bits = typename Float::Bits>
+FASTUNET_INLINE Bits relu_of(float value) {
+  Bits bits;
+  narrow(value, &bits);
+  return relu<Float>(bits);
+}
+
+template <typename Float, typename Bits = typename Float::Bits>
 FASTUNET_INLINE void pixels_of_row(const Bits* x, const Normalisation& norm, Bits* y,
                                    int64_t pixels, int64_t channels) {
+  const float *mean = norm.mean, *factor = norm.factor, *shift = norm.shift;
   for (int64_t p = 0; p < pixels; ++p) {
 #pragma GCC ivdep
     for (int64_t k = 0; k < channels; ++k) {
-      store(relu(normalised(x[p * channels + k], norm, k)), y + p * channels + k);
+      y[p * channels + k] =
+          relu_of<Float>(normalised(x[p * channels + k], mean[k], factor[k], shift[k]));
     }
   }
 }
@@ -79,8 +79,9 @@ template <typename Float>
 FASTUNET_VECTORIZED_WIDE void moments(const typename Float::Bits* x, int64_t pixels,
                                       int64_t channels, double* result) {
   std::fill_n(result, 3 * channels, 0.0);
-  add_runs<1>(pixels, channels, result,
-              [&](int64_t, int64_t at, float* terms) FASTUNET_INLINED { terms[0] = load(x[at]); });
+  add_runs<1>(pixels, channels, result, [&](int64_t, int64_t at, float* terms) FASTUNET_INLINED {
+    terms[0] = widened(x[at]);
+  });
   std::vector<float> centres(channels);
   for (int64_t k = 0; k < channels; ++k) {
     centres[k] = static_cast<float>(result[k] / static_cast<double>(pixels));
@@ -89,7 +90,7 @@ FASTUNET_VECTORIZED_WIDE void moments(const typename Float::Bits* x, int64_t pix
   const float* const centre = centres.data();
   add_runs<2>(pixels, channels, result + channels,
               [&](int64_t k, int64_t at, float* terms) FASTUNET_INLINED {
-                const float difference = load(x[at]) - centre[k];
+                const float difference = widened(x[at]) - centre[k];
                 terms[0] = difference;
                 terms[1] = difference * difference;
               });
@@ -124,33 +125,38 @@ FASTUNET_VECTORIZED_WIDE void norm_relu(const typename Float::Bits* x, const Nor
                                         const Images& images, int64_t begin, int64_t end) {
   using Bits = typename Float::Bits;
   const int64_t row = images.row(), channels = images.channels, columns = images.width / 2;
+  // a struct's pointers would be loaded anew for each channel
+  const float *mean = norm.mean, *factor = norm.factor, *shift = norm.shift;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / images.row_pairs(), pair = task % images.row_pairs();
     const int64_t start = (image * images.height + 2 * pair) * row;
     const bool whole = 2 * pair + 1 < images.height;
     if (pooled == nullptr || !whole) {
-      pixels_of_row(x + start, norm, y + start, (whole ? 2 : 1) * images.width, channels);
+      pixels_of_row<Float>(x + start, norm, y + start, (whole ? 2 : 1) * images.width, channels);
       continue;
     }
     Bits* largest = pooled + (image * (images.height / 2) + pair) * columns * channels;
     for (int64_t column = 0; column < columns; ++column, largest += channels) {
-      const int64_t at[4] = {start + 2 * column * channels, start + (2 * column + 1) * channels,
-                             start + row + 2 * column * channels,
-                             start + row + (2 * column + 1) * channels};
+      const int64_t left = start + 2 * column * channels, below = left + row;
+      const Bits *x0 = x + left, *x1 = x0 + channels, *x2 = x + below, *x3 = x2 + channels;
+      Bits *y0 = y + left, *y1 = y0 + channels, *y2 = y + below, *y3 = y2 + channels;
 #pragma GCC ivdep
       for (int64_t k = 0; k < channels; ++k) {
-        float values[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          values[i] = relu(normalised(x[at[i] + k], norm, k));
-          store(values[i], y + at[i] + k);
-        }
-        store(larger(larger(values[0], values[1]), larger(values[2], values[3])), largest + k);
+        const float m = mean[k], f = factor[k], s = shift[k];
+        const Bits a = relu_of<Float>(normalised(x0[k], m, f, s));
+        const Bits b = relu_of<Float>(normalised(x1[k], m, f, s));
+        const Bits c = relu_of<Float>(normalised(x2[k], m, f, s));
+        const Bits d = relu_of<Float>(normalised(x3[k], m, f, s));
+        y0[k] = a;
+        y1[k] = b;
+        y2[k] = c;
+        y3[k] = d;
+        largest[k] = std::max(std::max(a, b), std::max(c, d));
       }
     }
     const int64_t done = 2 * columns * channels;
     for (const int64_t rest : {start + done, start + row + done}) {
-      pixels_of_row(x + rest, norm, y + rest, images.width - 2 * columns, channels);
+      pixels_of_row<Float>(x + rest, norm, y + rest, images.width - 2 * columns, channels);
     }
   }
 }
@@ -160,10 +166,12 @@ FASTUNET_VECTORIZED_WIDE void gradient_sums(const typename Float::Bits* grad,
                                             const typename Float::Bits* x,
                                             const Normalisation& norm, bool is_masked,
                                             int64_t pixels, int64_t channels, double* result) {
+  const float *mean = norm.mean, *factor = norm.factor, *shift = norm.shift;
   std::fill_n(result, 2 * channels, 0.0);
   add_runs<2>(pixels, channels, result, [&](int64_t k, int64_t at, float* terms) FASTUNET_INLINED {
-    terms[0] = masked(grad[at], x[at], norm, is_masked, k);
-    terms[1] = terms[0] * (load(x[at]) - norm.mean[k]);
+    const float y = normalised(x[at], mean[k], factor[k], shift[k]);
+    terms[0] = masked(grad[at], y, is_masked);
+    terms[1] = terms[0] * (widened(x[at]) - mean[k]);
   });
 }
 
@@ -174,13 +182,14 @@ FASTUNET_VECTORIZED_WIDE void norm_relu_bwd(const typename Float::Bits* grad,
                                             const float* slope, const float* offset,
                                             typename Float::Bits* grad_x, int64_t pixels,
                                             int64_t channels) {
+  const float *mean = norm.mean, *factor = norm.factor, *shift = norm.shift;
   for (int64_t p = 0; p < pixels; ++p) {
 #pragma GCC ivdep
     for (int64_t k = 0; k < channels; ++k) {
       const int64_t at = p * channels + k;
-      const float given = masked(grad[at], x[at], norm, is_masked, k);
-      store(given * norm.factor[k] - (load(x[at]) - norm.mean[k]) * slope[k] - offset[k],
-            grad_x + at);
+      const float y = normalised(x[at], mean[k], factor[k], shift[k]);
+      const float given = masked(grad[at], y, is_masked);
+      narrow(given * factor[k] - (widened(x[at]) - mean[k]) * slope[k] - offset[k], grad_x + at);
     }
   }
 }
