@@ -2,6 +2,7 @@
 // fastunet/ops/norm_relu/op.py.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -74,14 +75,46 @@ struct Parts {
   }
 };
 
-Tensor new_floats(const Tensor& like, int64_t size, ScalarType dtype) {
-  return new_empty(like, {size}, dtype);
+Tensor new_floats(const Tensor& x) { return new_empty(x, {x.size(3)}, ScalarType::Float); }
+
+// Weights or biases of the channels in float32, or nothing.
+std::optional<Tensor> floats_of(const std::optional<Tensor>& given, const Tensor& x,
+                                const char* name) {
+  if (!given.has_value()) return std::nullopt;
+  const Tensor floats = contiguous(torch::stable::to(*given, ScalarType::Float));
+  of_channels(floats, x, name);
+  return floats;
 }
 
-std::tuple<Tensor, Tensor> batch_statistics_cpu(const Tensor& x) {
-  check_images(x, x, "x");
+// What makes y of x, in memory of its own.
+struct Layer {
+  Tensor factor;
+  Tensor shift;
+  const float* mean;
+
+  Layer(const Tensor& x, const Tensor& given_mean, const Tensor& variance,
+        const std::optional<Tensor>& any_weight, const std::optional<Tensor>& any_bias, double eps)
+      : factor(new_floats(x)), shift(new_floats(x)), mean(of_channels(given_mean, x, "mean")) {
+    const std::optional<Tensor> weight = floats_of(any_weight, x, "weight");
+    const std::optional<Tensor> bias = floats_of(any_bias, x, "bias");
+    const float* const w = weight ? weight->const_data_ptr<float>() : nullptr;
+    const float* const b = bias ? bias->const_data_ptr<float>() : nullptr;
+    const float* const of_variance = of_channels(variance, x, "var");
+    float *const f = factor.mutable_data_ptr<float>(), *const s = shift.mutable_data_ptr<float>();
+    for (int64_t k = 0; k < x.size(3); ++k) {
+      f[k] = static_cast<float>((w == nullptr ? 1.0 : w[k]) / std::sqrt(of_variance[k] + eps));
+      s[k] = b == nullptr ? 0.0f : b[k];
+    }
+  }
+
+  cpu::Normalisation norm() const {
+    return {mean, factor.const_data_ptr<float>(), shift.const_data_ptr<float>()};
+  }
+};
+
+std::tuple<Tensor, Tensor> statistics_of(const Tensor& x) {
   const Parts parts(x);
-  const Tensor sums = new_floats(x, parts.count() * 3 * parts.channels, ScalarType::Double);
+  const Tensor sums = new_empty(x, {parts.count(), 3, parts.channels}, ScalarType::Double);
   double* const sums_data = sums.mutable_data_ptr<double>();
   for_dtype(x, [&](auto dtype) {
     using Float = decltype(dtype);
@@ -91,20 +124,21 @@ std::tuple<Tensor, Tensor> batch_statistics_cpu(const Tensor& x) {
                           sums_data + part * 3 * parts.channels);
     });
   });
-  const Tensor mean = new_floats(x, parts.channels, ScalarType::Float);
-  const Tensor variance = new_floats(x, parts.channels, ScalarType::Float);
+  const Tensor mean = new_floats(x), variance = new_floats(x);
   cpu::statistics(sums_data, parts.pixels, parts.channels, mean.mutable_data_ptr<float>(),
                   variance.mutable_data_ptr<float>());
   return {mean, variance};
 }
 
-std::tuple<Tensor, Tensor> normalised_relu_cpu(const Tensor& x, const Tensor& mean,
-                                               const Tensor& factor, const Tensor& shift,
-                                               bool pool) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_relu_cpu(const Tensor& x,
+                                                         const std::optional<Tensor>& weight,
+                                                         const std::optional<Tensor>& bias,
+                                                         double eps, bool pool) {
   check_images(x, x, "x");
+  const auto [mean, variance] = statistics_of(x);
+  const Layer layer(x, mean, variance, weight, bias, eps);
+  const cpu::Normalisation norm = layer.norm();
   const cpu::Images images{x.size(1), x.size(2), x.size(3)};
-  const cpu::Normalisation norm{of_channels(mean, x, "mean"), of_channels(factor, x, "factor"),
-                                of_channels(shift, x, "shift")};
   const Tensor y = new_empty(x, x.sizes());
   const Tensor pooled =
       pool ? new_empty(x, {x.size(0), images.height / 2, images.width / 2, images.channels})
@@ -117,64 +151,68 @@ std::tuple<Tensor, Tensor> normalised_relu_cpu(const Tensor& x, const Tensor& me
                                          mutable_bits<Float>(pooled), images, begin, end);
                  });
   });
-  return {y, pooled};
+  return {y, pooled, mean, variance};
 }
 
-// Sums over all pixels of m g and of m g (x - mean), [2, C] in float64.
-Tensor norm_relu_sums_cpu(const Tensor& grad, const Tensor& x, const Tensor& mean,
-                          const Tensor& factor, const Tensor& shift, bool is_masked) {
+// The gradients of x, unless it is not needed, of weight and of bias; the last two in float32.
+std::tuple<Tensor, Tensor, Tensor> norm_relu_bwd_cpu(const Tensor& grad, const Tensor& x,
+                                                     const std::optional<Tensor>& weight,
+                                                     const std::optional<Tensor>& bias,
+                                                     const Tensor& mean, const Tensor& variance,
+                                                     double eps, bool is_masked, bool need_x) {
   check_images(x, x, "x");
   check_images(grad, x, "grad");
+  const Layer layer(x, mean, variance, weight, bias, eps);
+  const cpu::Normalisation norm = layer.norm();
   const Parts parts(x);
-  const int64_t size = 2 * parts.channels;
-  const cpu::Normalisation norm{of_channels(mean, x, "mean"), of_channels(factor, x, "factor"),
-                                of_channels(shift, x, "shift")};
-  const Tensor sums = new_floats(x, parts.count() * size, ScalarType::Double);
+  const int64_t channels = parts.channels;
+  const Tensor sums = new_empty(x, {parts.count(), 2, channels}, ScalarType::Double);
   double* const sums_data = sums.mutable_data_ptr<double>();
   for_dtype(x, [&](auto dtype) {
     using Float = decltype(dtype);
+    const auto *const from = bits<Float>(grad), *const of_x = bits<Float>(x);
     parts.for_each([&](int64_t part, int64_t first, int64_t pixels) {
-      cpu::gradient_sums<Float>(bits<Float>(grad) + first, bits<Float>(x) + first, norm, is_masked,
-                                pixels, parts.channels, sums_data + part * size);
+      cpu::gradient_sums<Float>(from + first, of_x + first, norm, is_masked, pixels, channels,
+                                sums_data + part * 2 * channels);
     });
   });
-  const Tensor total = new_empty(x, {2, parts.channels}, ScalarType::Double);
-  double* const into = total.mutable_data_ptr<double>();
-  std::copy_n(sums_data, size, into);
   for (int64_t part = 1; part < parts.count(); ++part) {
-    for (int64_t k = 0; k < size; ++k) into[k] += sums_data[part * size + k];
+    for (int64_t i = 0; i < 2 * channels; ++i) sums_data[i] += sums_data[part * 2 * channels + i];
   }
-  return total;
-}
-
-Tensor norm_relu_grad_cpu(const Tensor& grad, const Tensor& x, const Tensor& mean,
-                          const Tensor& factor, const Tensor& shift, bool is_masked,
-                          const Tensor& slope, const Tensor& offset) {
-  check_images(x, x, "x");
-  check_images(grad, x, "grad");
-  const Parts parts(x);
-  const cpu::Normalisation norm{of_channels(mean, x, "mean"), of_channels(factor, x, "factor"),
-                                of_channels(shift, x, "shift")};
-  const float* const slopes = of_channels(slope, x, "slope");
-  const float* const offsets = of_channels(offset, x, "offset");
-  const Tensor grad_x = new_empty(x, x.sizes());
-  for_dtype(x, [&](auto dtype) {
-    using Float = decltype(dtype);
-    parts.for_each([&](int64_t, int64_t first, int64_t pixels) {
-      cpu::norm_relu_bwd<Float>(bits<Float>(grad) + first, bits<Float>(x) + first, norm, is_masked,
-                                slopes, offsets, mutable_bits<Float>(grad_x) + first, pixels,
-                                parts.channels);
+  const Tensor grad_weight = new_floats(x), grad_bias = new_floats(x);
+  const Tensor slope = new_floats(x), offset = new_floats(x);
+  float *const to_weight = grad_weight.mutable_data_ptr<float>(),
+               *const to_bias = grad_bias.mutable_data_ptr<float>(),
+               *const to_slope = slope.mutable_data_ptr<float>(),
+               *const to_offset = offset.mutable_data_ptr<float>();
+  const float* const of_variance = variance.const_data_ptr<float>();
+  const double count = static_cast<double>(parts.pixels);
+  for (int64_t k = 0; k < channels; ++k) {
+    const double inv_var = 1 / (of_variance[k] + eps), factor = norm.factor[k];
+    to_bias[k] = static_cast<float>(sums_data[k]);
+    to_weight[k] = static_cast<float>(sums_data[channels + k] * std::sqrt(inv_var));
+    to_slope[k] = static_cast<float>(factor * inv_var * sums_data[channels + k] / count);
+    to_offset[k] = static_cast<float>(factor * sums_data[k] / count);
+  }
+  const Tensor grad_x = need_x ? new_empty(x, x.sizes()) : new_empty(x, {0});
+  if (need_x) {
+    for_dtype(x, [&](auto dtype) {
+      using Float = decltype(dtype);
+      const auto *const from = bits<Float>(grad), *const of_x = bits<Float>(x);
+      auto* const to = mutable_bits<Float>(grad_x);
+      parts.for_each([&](int64_t, int64_t first, int64_t pixels) {
+        cpu::norm_relu_bwd<Float>(from + first, of_x + first, norm, is_masked, to_slope, to_offset,
+                                  to + first, pixels, channels);
+      });
     });
-  });
-  return grad_x;
+  }
+  return {grad_x, grad_weight, grad_bias};
 }
 
 }  // namespace
 }  // namespace fastunet
 
 STABLE_TORCH_LIBRARY_IMPL(fastunet, CPU, m) {
-  m.impl("batch_statistics", TORCH_BOX(&fastunet::batch_statistics_cpu));
-  m.impl("normalised_relu", TORCH_BOX(&fastunet::normalised_relu_cpu));
-  m.impl("norm_relu_sums", TORCH_BOX(&fastunet::norm_relu_sums_cpu));
-  m.impl("norm_relu_grad", TORCH_BOX(&fastunet::norm_relu_grad_cpu));
+  m.impl("norm_relu_pixels", TORCH_BOX(&fastunet::norm_relu_cpu));
+  m.impl("norm_relu_pixels_bwd", TORCH_BOX(&fastunet::norm_relu_bwd_cpu));
 }

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from .backends import EXTENSION_MISSING
 from .ops import conv_norm_relu, conv_relu
-from .ops.folding import folding_pays, padding_of
+from .ops.folding import padding_of
 from .tracing import has_hooks
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -156,7 +156,7 @@ def _takes(
     pool: nn.MaxPool2d | None,
     between: tuple[nn.Module, ...],
 ) -> bool:
-    """Whether ``conv_relu`` serves this call, the modules as they are now, and is not slower."""
+    """Whether ``conv_relu`` serves this call, the modules as they are now."""
     if x.ndim != 4 or (skip is not None and skip.shape[2:] != x.shape[2:]):
         return False
     if why_not(conv) or (relu is not None and (type(relu) is not nn.ReLU or has_hooks(relu))):
@@ -165,9 +165,6 @@ def _takes(
         return False
     for module in between:
         if why_not_between(module) or (module.training and _drops(module)):
-            return False
-        folds = isinstance(module, nn.BatchNorm2d) and not module.training
-        if folds and not folding_pays(x, conv):
             return False
     return True
 

@@ -20,15 +20,16 @@ DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
 @pytest.fixture(autouse=True)
 def _reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from fastunet.ops import _library
+    from fastunet.ops import _library, folding
 
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     torch.use_deterministic_algorithms(True)
-    # or a GPU's small calls would be PyTorch's
-    monkeypatch.setattr(_library, "FEW_ELEMENTS", 0)
+    # or small calls would be PyTorch's
+    for module in (_library, folding):
+        monkeypatch.setattr(module, "FEW_ELEMENTS", 0)
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -37,9 +37,9 @@ class Forward(nn.Module):
 def test_folding_is_left_where_it_costs_more_than_it_saves(fused_calls: list[Any]) -> None:
     model, _ = accelerate(nn.Sequential(nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2), nn.ReLU()).eval())
     model(torch.randn(1, 4, 6, 6))
-    assert len(fused_calls) == 1
     model(torch.randn(1, 4, 5, 7))
-    assert len(fused_calls) == 1
+    # the convolution with its ReLU, then the convolution alone
+    assert ["pool" in options for options in fused_calls] == [True, False]
 
 
 def cat_then_conv(m: Any, x: Tensor) -> Tensor:

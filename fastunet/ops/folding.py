@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import eager
 from .conv_relu import conv3x3, conv_relu
 from .crop_concat import crop_concat
 from .norm_relu import norm_relu, unsupported
@@ -42,6 +41,18 @@ def folding_pays(x: Tensor, conv: nn.Conv2d) -> bool:
     return x.shape[0] * x.shape[2] * x.shape[3] >= 9 * conv.in_channels
 
 
+# of a convolution's output: gradients of fewer take less time than Python takes to ask for them
+FEW_ELEMENTS = 1 << 17
+
+
+def convolving_pays(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether a convolution alone is faster by ``conv3x3``: on the CPU, if it is not tiny."""
+    if x.device.type != "cpu":
+        return False
+    few = x.shape[0] * x.shape[2] * x.shape[3] * conv.out_channels < FEW_ELEMENTS
+    return not (few and torch.is_grad_enabled())
+
+
 def conv_norm_relu(
     x: Tensor,
     conv: nn.Conv2d,
@@ -63,29 +74,21 @@ def conv_norm_relu(
     Returns: as of ``conv_relu``.
     Raises: as ``conv_relu``.
     """
-    if norm.training or norm.running_mean is None:
-        return _by_batch(x, conv, norm, skip, pool)
-    if not folding_pays(x, conv):
-        return eager.conv_norm_relu(x, conv, norm, skip=skip, pool=pool)
-    weight, bias = folded(conv, norm)
-    return conv_relu(x, weight, bias, padding=padding_of(conv), skip=skip, pool=pool)
+    padding, by_batch = padding_of(conv), norm.training or norm.running_mean is None
+    if not by_batch and folding_pays(x, conv):
+        weight, bias = folded(conv, norm)
+        return conv_relu(x, weight, bias, padding=padding, skip=skip, pool=pool)
+    if convolving_pays(x, conv):
+        y = conv3x3(x, conv.weight, conv.bias, padding=padding, skip=skip)
+    else:
+        source = x if skip is None else crop_concat(skip, x)
+        y = F.conv2d(source, conv.weight, conv.bias, padding=padding)
+    if by_batch and not unsupported(y, norm):
+        return norm_relu(y, norm, pool=pool)
+    y = F.relu(norm(y), inplace=True)
+    return (y, F.max_pool2d(y, 2)) if pool else y
 
 
 def padding_of(conv: nn.Conv2d) -> int:
     """0 or 1, of a 3x3 convolution that says it in any way."""
     return int(conv.padding in ((1, 1), "same"))
-
-
-def _by_batch(
-    x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, skip: Tensor | None, pool: bool
-) -> Any:
-    padding = padding_of(conv)
-    if x.device.type == "cpu":
-        y = conv3x3(x, conv.weight, conv.bias, padding=padding, skip=skip)
-    else:
-        source = x if skip is None else crop_concat(skip, x)
-        y = F.conv2d(source, conv.weight, conv.bias, padding=padding)
-    if not unsupported(y, norm):
-        return norm_relu(y, norm, pool=pool)
-    y = F.relu(norm(y), inplace=True)
-    return (y, F.max_pool2d(y, 2)) if pool else y

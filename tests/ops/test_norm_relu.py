@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet.backends import EXTENSION_MISSING
-from fastunet.ops import conv_norm_relu, eager, use_winograd
+from fastunet.ops import conv_norm_relu, eager, folding, use_winograd
 from fastunet.ops.conv_relu import conv3x3
-from fastunet.ops.norm_relu import norm_relu, op, unsupported
+from fastunet.ops.norm_relu import norm_relu, unsupported
 
 from ..accuracy import assert_as_accurate, max_abs, root_sum_square
 
@@ -66,7 +66,6 @@ def test_forward_and_backward(shape: tuple[int, ...], pool: bool, dtype: torch.d
     if pool and min(shape[2:]) < 2:
         pytest.skip("too small to pool")
     x, norm = batch(shape, dtype), normalisation(shape[1])
-    assert not unsupported(x, norm)
     ours = results(norm_relu, x, norm, pool)
     # the more accurate of PyTorch's two ways
     eagerly = results(plain, x.contiguous(), norm, pool)
@@ -152,8 +151,8 @@ def test_with_convolution(with_skip: bool) -> None:
         conv = conv.to(dtype, memory_format=layout)
         norm = normalisation(10).to(dtype)
         c = 7 if with_skip else 12
-        x = torch.randn(2, c, 14, 12).to(dtype, memory_format=layout)
-        skip = torch.randn(2, 12 - c, 16, 15).to(x) if with_skip else None
+        x = torch.randn(2, c, 24, 12).to(dtype, memory_format=layout)
+        skip = torch.randn(2, 12 - c, 26, 15).to(x) if with_skip else None
 
         def run(
             operator: Any, parts: tuple[Any, ...], x: Tensor = x, skip: Tensor | None = skip
@@ -197,12 +196,24 @@ def test_compiles() -> None:
         torch.testing.assert_close(buffer, other)
 
 
+def test_tiny_convolutions_with_gradients_are_left_to_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, conv = batch((2, 4, 8, 8)), nn.Conv2d(4, 16, 3)
+    monkeypatch.setattr(folding, "FEW_ELEMENTS", 2 * 16 * 8 * 8)
+    assert folding.convolving_pays(x, conv)
+    assert not folding.convolving_pays(x[:1], conv)
+    assert not folding.convolving_pays(x.to("meta"), conv)
+    with torch.no_grad():
+        assert folding.convolving_pays(x[:1], conv)
+
+
 def test_unsupported() -> None:
-    x, norm = batch((2, 4, 6, 6)), nn.BatchNorm2d(4)
+    x, norm = batch((2, 4, 12, 11)), nn.BatchNorm2d(4)
     assert bool(unsupported(x, norm)) == bool(EXTENSION_MISSING)
     assert unsupported(x.double(), norm)
     assert unsupported(x.contiguous(), norm)
-    assert unsupported(x[:1, :, :1, :1], norm)
+    assert unsupported(x[:, :, :, :10].contiguous(memory_format=torch.channels_last), norm)
     assert unsupported(x[:0], norm)
     assert unsupported(x.to("meta"), norm)
     assert unsupported(x, nn.BatchNorm2d(4, momentum=None))
@@ -218,17 +229,16 @@ def test_one_value_a_channel_is_refused_as_by_pytorch() -> None:
 def test_native_code_refuses_what_it_cannot_take() -> None:
     operators = torch.ops.fastunet
     x, c = torch.randn(1, 4, 4, 3), torch.randn(3)
+    forward, backward = operators.norm_relu_pixels, operators.norm_relu_pixels_bwd
     for message, call in (
-        ("x must be float32", lambda: operators.batch_statistics(x.double())),
-        ("x must be .B, H, W, C. contiguous", lambda: operators.batch_statistics(x.mT)),
-        ("with pixels", lambda: operators.batch_statistics(x[:0])),
-        ("mean must be", lambda: operators.normalised_relu(x, c[1:], c, c, False)),
-        ("factor must be", lambda: operators.normalised_relu(x, c, c.double(), c, False)),
-        ("grad must be as x", lambda: operators.norm_relu_sums(x[:, 1:], x, c, c, c, False)),
-        (
-            "slope must be",
-            lambda: operators.norm_relu_grad(x, x, c, c, c, False, c[None], c),
-        ),
+        ("x must be float32", lambda: forward(x.double(), c, c, 1e-5, False)),
+        ("x must be .B, H, W, C. contiguous", lambda: forward(x.mT, c, c, 1e-5, False)),
+        ("with pixels", lambda: forward(x[:0], c, c, 1e-5, False)),
+        ("weight must be", lambda: forward(x, c[1:], c, 1e-5, False)),
+        ("bias must be", lambda: forward(x, c, c[None], 1e-5, False)),
+        ("grad must be as x", lambda: backward(x[:, 1:], x, c, c, c, c, 1e-5, False, True)),
+        ("mean must be", lambda: backward(x, x, c, c, c[1:], c, 1e-5, False, True)),
+        ("var must be", lambda: backward(x, x, c, c, c, c.double(), 1e-5, False, True)),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
@@ -240,14 +250,17 @@ def test_conv3x3_checks_as_conv_relu() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("wrong", ["factor", "mean"])
+@pytest.mark.parametrize("wrong", ["bias", "weight"])
 def test_check_can_fail(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = op._normalisation
+    right = norm_relu
 
-    def badly(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        mean, factor, shift = right(*args)
-        return (mean + 1e-3, factor, shift) if wrong == "mean" else (mean, factor * 1.001, shift)
+    def badly(x: Tensor, norm: nn.BatchNorm2d, *, pool: bool) -> Any:
+        if wrong == "bias":
+            norm.bias.data += 1e-3
+        else:
+            norm.weight.data *= 1.001
+        return right(x, norm, pool=pool)
 
-    monkeypatch.setattr(op, "_normalisation", badly)
+    monkeypatch.setitem(globals(), "norm_relu", badly)
     with pytest.raises(AssertionError, match="is above"):
         test_forward_and_backward((2, 70, 37, 40), False, torch.float32)

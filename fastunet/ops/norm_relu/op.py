@@ -18,15 +18,19 @@ LIBRARY.define(
     "Tensor? bias, Tensor mean, Tensor var, float eps, bool[3] needed) "
     "-> (Tensor, Tensor, Tensor)"
 )
-# the CPU's passes, over images as [B, H, W, C]
-LIBRARY.define("batch_statistics(Tensor x) -> (Tensor, Tensor)")
-_NORM = "Tensor mean, Tensor factor, Tensor shift"
-LIBRARY.define(f"normalised_relu(Tensor x, {_NORM}, bool pool) -> (Tensor, Tensor)")
-LIBRARY.define(f"norm_relu_sums(Tensor grad, Tensor x, {_NORM}, bool is_masked) -> Tensor")
+# on the CPU, of images as [B, H, W, C]
 LIBRARY.define(
-    f"norm_relu_grad(Tensor grad, Tensor x, {_NORM}, bool is_masked, Tensor slope, Tensor offset) "
-    "-> Tensor"
+    "norm_relu_pixels(Tensor x, Tensor? weight, Tensor? bias, float eps, bool pool) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
+LIBRARY.define(
+    "norm_relu_pixels_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor var, float eps, bool is_masked, bool need_x) -> (Tensor, Tensor, Tensor)"
+)
+
+
+# over all images: for more, PyTorch's statistics of channels_last images are less accurate
+FEW_PIXELS = 256
 
 
 def unsupported(x: Tensor, norm: nn.BatchNorm2d) -> str | None:
@@ -39,8 +43,8 @@ def unsupported(x: Tensor, norm: nn.BatchNorm2d) -> str | None:
         return f"{x.dtype} is not float32 or bfloat16"
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "the images are not in channels_last"
-    if x.numel() <= x.shape[1]:
-        return "there are no pixels, or one alone"
+    if x.numel() <= FEW_PIXELS * x.shape[1]:
+        return "for so few pixels PyTorch's is as accurate, and as fast"
     if type(norm) is not nn.BatchNorm2d or (norm.track_running_stats and norm.momentum is None):
         return "it is no plain BatchNorm2d with a momentum"
     return None
@@ -51,9 +55,7 @@ def _norm_relu_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``norm_relu_reference``."""
     pixels = x.permute(0, 2, 3, 1)
-    mean, var = torch.ops.fastunet.batch_statistics(pixels)
-    norm = _normalisation(weight, bias, mean, var, eps)
-    y, pooled = torch.ops.fastunet.normalised_relu(pixels, *norm, pool)
+    y, pooled, mean, var = torch.ops.fastunet.norm_relu_pixels(pixels, weight, bias, eps, pool)
     return y.permute(0, 3, 1, 2), pooled.permute(0, 3, 1, 2) if pool else pooled, mean, var
 
 
@@ -75,35 +77,16 @@ def _norm_relu_bwd_cpu(
     if grad_pooled is not None:
         of_pooled = grad_pooled.permute(0, 2, 3, 1)
         grad = torch.ops.fastunet.relu_pool_bwd(grad, of_pooled, y.permute(0, 2, 3, 1))
-    norm = _normalisation(weight, bias, mean, var, eps)
-    sums = torch.ops.fastunet.norm_relu_sums(grad, pixels, *norm, is_masked)
     need_x, need_weight, need_bias = needed
-    inv_var = (var.double() + eps).reciprocal()
-    empty = x.new_empty(0)
-    grad_weight = grad_bias = empty
-    if need_weight and weight is not None:
-        grad_weight = (sums[1] * inv_var.sqrt()).to(weight.dtype)
-    if need_bias and bias is not None:
-        grad_bias = sums[0].to(bias.dtype)
-    if not need_x:
-        return empty, grad_weight, grad_bias
-    factor, count = norm[1].double(), x.numel() // x.shape[1]
-    slope, offset = factor * inv_var * sums[1] / count, factor * sums[0] / count
-    grad_x = torch.ops.fastunet.norm_relu_grad(
-        grad, pixels, *norm, is_masked, slope.float(), offset.float()
+    grad_x, grad_weight, grad_bias = torch.ops.fastunet.norm_relu_pixels_bwd(
+        grad, pixels, weight, bias, mean, var, eps, is_masked, need_x
     )
-    return grad_x.permute(0, 3, 1, 2), grad_weight, grad_bias
-
-
-def _normalisation(
-    weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, factor and shift of each channel, float32."""
-    factor = (var.double() + eps).rsqrt()
-    if weight is not None:
-        factor = factor * weight
-    shift = torch.zeros_like(mean) if bias is None else bias.float()
-    return mean, factor.float(), shift
+    empty = x.new_empty(0)
+    return (
+        grad_x.permute(0, 3, 1, 2) if need_x else empty,
+        grad_weight.to(weight.dtype) if need_weight and weight is not None else empty,
+        grad_bias.to(bias.dtype) if need_bias and bias is not None else empty,
+    )
 
 
 for _name, _reference, _kernel in (
