@@ -12,6 +12,7 @@ from fastunet.backends import EXTENSION_MISSING
 from fastunet.ops import conv_norm_relu, eager, folding, use_winograd
 from fastunet.ops.conv_relu import conv3x3
 from fastunet.ops.norm_relu import norm_relu, unsupported
+from fastunet.ops.norm_relu.reference import norm_relu_bwd_reference, norm_relu_reference
 
 from ..accuracy import assert_as_accurate, max_abs, root_sum_square
 
@@ -78,6 +79,26 @@ def test_forward_and_backward(shape: tuple[int, ...], pool: bool, dtype: torch.d
         size = root_sum_square if name == "x" else max_abs
         assert_as_accurate(tensor, eagerly[name], exact[name], size)
     assert ours["output 0"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_reference(pool: bool) -> None:
+    x, norm = batch((2, 5, 7, 6)).double(), normalisation(5).double()
+    want = results(plain, x, norm, pool)
+    tensors = (x, norm.weight, norm.bias)
+    y, pooled, mean, var = norm_relu_reference(*tensors, norm.eps, pool)
+    generator = torch.Generator().manual_seed(3)
+    grads = [
+        torch.randn(tensor.shape, generator=generator).bfloat16().to(y.dtype)
+        for tensor in ([y, pooled] if pool else [y])
+    ]
+    got = norm_relu_bwd_reference(
+        grads[0], grads[1] if pool else None, y, *tensors, mean, var, norm.eps, [True, True, True]
+    )
+    for actual, name in zip((y, *got), ("output 0", "x", "weight", "bias"), strict=True):
+        torch.testing.assert_close(actual, want[name])
+    if pool:
+        torch.testing.assert_close(pooled, want["output 1"])
 
 
 @needs_kernels
