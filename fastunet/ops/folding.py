@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conv_relu import conv3x3, conv_relu
+from .conv_relu.onednn import products_pay
 from .crop_concat import crop_concat
 from .norm_relu import norm_relu, unsupported
 
@@ -47,10 +48,12 @@ FEW_ELEMENTS = 1 << 17
 
 def convolving_pays(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether a convolution alone is faster by ``conv3x3``: on the CPU, if it is not tiny."""
-    if x.device.type != "cpu":
-        return False
-    few = x.shape[0] * x.shape[2] * x.shape[3] * conv.out_channels < FEW_ELEMENTS
-    return not (few and torch.is_grad_enabled())
+    if x.device.type != "cpu" or not torch.is_grad_enabled():
+        return x.device.type == "cpu"
+    cast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
+    many = x.shape[0] * x.shape[2] * x.shape[3] * conv.out_channels >= FEW_ELEMENTS
+    return many or (dtype == torch.bfloat16 and products_pay(x, conv.weight, dtype))
 
 
 def conv_norm_relu(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastunet
 from fastunet.ops import _library, eager
-from fastunet.ops.conv_relu import op
+from fastunet.ops.conv_relu import onednn, op
 
 from ..accuracy import assert_as_accurate
 
@@ -125,6 +125,26 @@ def test_backward(
     ):
         # a pixel whose float64 value is within rounding of 0 flips its mask in eager too
         assert_as_accurate(got, eager_grad, exact_grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("shape", SHAPES[1:6])
+def test_weight_gradient_by_products(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not onednn.products_pay(torch.empty(1, 512, 54, 54), torch.empty(512, 512, 3, 3), dtype)
+    assert onednn.products_pay(torch.empty(1, 1024, 30, 30), torch.empty(1024, 1024, 3, 3), dtype)
+    monkeypatch.setattr(onednn, "FEWEST_PAIRS", dict.fromkeys(DTYPES, 0))
+    monkeypatch.setattr(onednn, "PAIRS_PER_PIXEL", 0)
+    products, calls = onednn._products_grad_weight, []
+
+    def noted(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        return products(*arguments)
+
+    monkeypatch.setattr(onednn, "_products_grad_weight", noted)
+    test_backward(shape, dtype, False, torch.channels_last, torch.device("cpu"))
+    assert calls
 
 
 @pytest.mark.parametrize("pool", [False, True])

@@ -8,6 +8,7 @@ takes no longer than a max-pooling alone. It could also add the convolution of `
 skip, but in bfloat16 the sum between is rounded, and signs near zero flip: forward concatenates.
 """
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ from .reference import (
     laid_out_like,
 )
 
+# weights that an input and an output channel share, for which products pay: the fewest at all, and
+# for each pixel
+FEWEST_PAIRS = {torch.float32: 1 << 19, torch.bfloat16: 1 << 16}
+PAIRS_PER_PIXEL = 150
 # for fewer channels oneDNN chooses slow kernels, unless weights are in its own order
 FEW_CHANNELS = 8
 
@@ -188,23 +193,52 @@ def _gradients(
 
     That of x is zero where ``mask`` is given and not above zero.
     """
-    if needed[0] and not _amx.unsupported(grad, weight):
-        grad_x = _amx.conv_grad(grad, weight, padding, mask)
-        _, grad_weight, grad_bias = _gradients(grad, x, weight, padding, [False, *needed[1:]])
+    need_x, need_weight, need_bias = needed
+    grad_x = grad_weight = grad_bias = x.new_empty(0)
+    if need_x and not _amx.unsupported(grad, weight):
+        grad_x, need_x = _amx.conv_grad(grad, weight, padding, mask), False
+    # the image itself needs no gradient
+    few_channels = x.shape[1] < FEW_CHANNELS and not need_x and need_bias
+    if need_weight and (few_channels or products_pay(x, weight, x.dtype)):
+        gradient = _few_channels_grad_weight if few_channels else _products_grad_weight
+        grad_weight, need_weight = laid_out_like(gradient(grad, x, weight, padding), weight), False
+        if need_bias:
+            grad_bias, need_bias = grad.sum((0, 2, 3)), False
+    left = [need_x, need_weight, need_bias]
+    if not any(left):
         return grad_x, grad_weight, grad_bias
-    if x.shape[1] < FEW_CHANNELS and needed == [False, True, True]:
-        # the image itself needs no gradient
-        grad_x, grad_bias = x.new_empty(0), grad.sum((0, 2, 3))
-        grad_weight = _few_channels_grad_weight(grad, x, weight, padding)
-    else:
-        grad_x, grad_weight, grad_bias = convolution_gradients(grad, x, weight, padding, needed)
-    if needed[0]:
-        grad_x = laid_out_like(grad_x, x)
+    of_x, of_weight, of_bias = convolution_gradients(grad, x, weight, padding, left)
+    if need_x:
+        grad_x = laid_out_like(of_x, x)
         if mask is not None:
             grad_x = _relu_pool_bwd(grad_x, None, mask)
-    if needed[1]:
-        grad_weight = laid_out_like(grad_weight, weight)
-    return grad_x, grad_weight, grad_bias
+    if need_weight:
+        grad_weight = laid_out_like(of_weight, weight)
+    return grad_x, grad_weight, of_bias if need_bias else grad_bias
+
+
+def products_pay(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether matrix products in ``dtype`` are faster than oneDNN's gradient of the weights."""
+    pixels, pairs = x.shape[0] * x.shape[2] * x.shape[3], weight.shape[0] * weight.shape[1]
+    return pairs >= max(FEWEST_PAIRS[dtype], PAIRS_PER_PIXEL * pixels)
+
+
+def _products_grad_weight(grad: Tensor, x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """The gradient of ``weight``, a product [C_out, pixels] x [pixels, C] for each tap.
+
+    All pixels of all images are one row of them. A tap is a distance in it, if the gradient is as
+    wide and high as the images, with zeros where a tap would leave them.
+    """
+    pixels = F.pad(x.permute(0, 2, 3, 1), [0, 0, *[padding] * 4])  # [B, H, W, C]
+    height, width = pixels.shape[1:3]
+    margins = [0, width - grad.shape[3], 0, height - grad.shape[2]]
+    rows = F.pad(grad.transpose(0, 1), margins).reshape(grad.shape[1], -1)
+    pixels = pixels.reshape(-1, x.shape[1])
+    taps = grad.new_empty((grad.shape[1], 3, 3, x.shape[1]))
+    for i, j in product(range(3), repeat=2):
+        away = i * width + j
+        torch.mm(rows[:, : len(pixels) - away], pixels[away:], out=taps[:, i, j])
+    return taps.permute(0, 3, 1, 2)
 
 
 def _few_channels_grad_weight(grad: Tensor, x: Tensor, weight: Tensor, padding: int) -> Tensor:
