@@ -122,6 +122,7 @@ for _name, _backward, _setup in (
 # looked up once: at the small levels microseconds count
 _CONV_RELU = torch.ops.fastunet.conv_relu.default
 _CONV_RELU_POOL = torch.ops.fastunet.conv_relu_pool.default
+_CONV3X3 = torch.ops.fastunet.conv3x3.default
 
 
 def conv_relu(
@@ -173,7 +174,7 @@ def conv3x3(
 ) -> Tensor:
     """``conv_relu`` without the ReLU, for what is normalised before it; arguments as there."""
     _check(x, weight, bias, padding, skip, False)
-    return torch.ops.fastunet.conv3x3(x, weight, bias, padding, skip)
+    return _CONV3X3(x, weight, bias, padding, skip)
 
 
 def conv_relu_pair(

@@ -17,6 +17,8 @@ for _name, _reference in (
     register_triton(_name, "fastunet.ops.conv_softmax.gpu")
     torch.library.register_fake(f"fastunet::{_name}", _reference, lib=LIBRARY)
     register_autocast(_name, lower_precision)
+_CONV_SOFTMAX = torch.ops.fastunet.conv_softmax.default
+_CONV_ARGMAX = torch.ops.fastunet.conv_argmax.default
 
 
 def conv_softmax(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -39,7 +41,7 @@ def conv_softmax(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         t is not None and t.requires_grad for t in (x, weight, bias)
     ):
         return eager.conv_softmax(x, weight, bias)
-    return torch.ops.fastunet.conv_softmax(x, weight, bias)
+    return _CONV_SOFTMAX(x, weight, bias)
 
 
 def conv_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,7 +59,7 @@ def conv_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Source: Ronneberger et al. 2015, figure 1 and section 3.
     """
     _check("conv_argmax", x, weight, bias)
-    return torch.ops.fastunet.conv_argmax(x, weight, bias)
+    return _CONV_ARGMAX(x, weight, bias)
 
 
 def _check(operator: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

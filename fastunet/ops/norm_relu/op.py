@@ -116,6 +116,7 @@ def _backward(
 
 
 torch.library.register_autograd("fastunet::norm_relu", _backward, setup_context=_save, lib=LIBRARY)
+_OPERATOR = torch.ops.fastunet.norm_relu.default
 
 
 def norm_relu(x: Tensor, norm: nn.BatchNorm2d, *, pool: bool = False) -> Any:
@@ -127,7 +128,7 @@ def norm_relu(x: Tensor, norm: nn.BatchNorm2d, *, pool: bool = False) -> Any:
         pool: also return the 2x2 max-pooled output.
     Returns: [B, C, H, W] of ``x``'s dtype; with ``pool`` a pair of that and its pooled copy.
     """
-    y, pooled, mean, var = torch.ops.fastunet.norm_relu(x, norm.weight, norm.bias, norm.eps, pool)
+    y, pooled, mean, var = _OPERATOR(x, norm.weight, norm.bias, norm.eps, pool)
     if norm.training and norm.track_running_stats:
         _follow(norm, mean, var, x.numel() // x.shape[1])
     return (y, pooled) if pool else y
