@@ -29,6 +29,9 @@ PYTHON_BACKENDS = {
     "onednn": "onednn",
 }
 
+# operators whose calls on some devices are left to plain PyTorch
+LEFT_TO_PYTORCH = ("conv_relu", "up_conv", "conv_softmax", "conv_argmax")
+
 TF32_EPS = 2.0**-10
 
 
@@ -151,7 +154,7 @@ def watch(call: Call) -> tuple[tuple[Tensor, ...], dict[str, str]]:
 @contextmanager
 def _left_to_pytorch(served: dict[str, str]) -> Iterator[None]:
     """Within, the calls that our operators leave to plain PyTorch are written down."""
-    functions = {name: getattr(eager, name) for name in ("conv_relu", "up_conv")}
+    functions = {name: getattr(eager, name) for name in LEFT_TO_PYTORCH}
 
     def noted(name: str) -> Callable[..., Any]:
         def function(*args: Any, **options: Any) -> Any:

@@ -37,8 +37,9 @@ def conv_softmax(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Source: Ronneberger et al. 2015, figure 1 and section 3.
     """
     _check("conv_softmax", x, weight, bias)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
+    if x.is_cpu or (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (x, weight, bias))
     ):
         return eager.conv_softmax(x, weight, bias)
     return _CONV_SOFTMAX(x, weight, bias)
@@ -59,6 +60,8 @@ def conv_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Source: Ronneberger et al. 2015, figure 1 and section 3.
     """
     _check("conv_argmax", x, weight, bias)
+    if x.is_cpu:
+        return eager.conv_argmax(x, weight, bias)
     return _CONV_ARGMAX(x, weight, bias)
 
 
