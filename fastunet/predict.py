@@ -166,9 +166,6 @@ def predict_pages(
     planes = (model.n_classes,) if output != "label" and model.n_classes > 2 else ()
     wanted = "label" if output == "label" else "probability" if planes else "foreground"
     tell_apart = instances or partial(watershed_instances, method="watershed")
-    if output == "instances":
-        # what its options cannot be is said before the first page is predicted
-        tell_apart(np.full((*planes, 1, 1), 1 / model.n_classes, np.float32))
 
     def fill(i: int, target: NDArray[Any]) -> None:
         page = source.page(i)

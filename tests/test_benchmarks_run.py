@@ -125,9 +125,9 @@ def test_plots_need_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def _pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, env=dict(os.environ)
-    )
+    # or it takes itself for one of several processes, and times nothing
+    own = {name: value for name, value in os.environ.items() if "PYTEST_XDIST" not in name}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=own)
 
 
 def test_pytest_runs_benchmarks_on_request_alone() -> None:

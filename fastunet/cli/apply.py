@@ -73,6 +73,8 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Segment images of any size, in overlapping tiles with mirrored borders."""
+    import numpy as np
+
     from ..checkpoint import load_model
     from ..devices import autocast_dtype
     from ..distributed import agree, joined, naming_the_lost, rank
@@ -82,6 +84,18 @@ def predict(
 
     with joined(device) as target, naming_the_lost("predict", LOST):
         source, model = agree(lambda: (open_pages(images), load_model(checkpoint, target)))
+        ids_of = partial(
+            tell_apart,
+            method=instances,
+            threshold=threshold,
+            seed_threshold=seed_threshold,
+            smooth_px=smooth,
+            border_class=border_class,
+        )
+        if kind == "instances":
+            # what its options cannot be is said before the first page is predicted
+            planes = (model.n_classes,) if model.n_classes > 2 else ()
+            agree(lambda: ids_of(np.full((*planes, 1, 1), 1 / model.n_classes)))
         with progress_bar(quiet or as_json or rank() > 0) as progress:
             task = progress.add_task("predicting", total=None)
             predict_pages(
@@ -94,14 +108,7 @@ def predict(
                 autocast=autocast_dtype(target, precision),
                 tta=tta,
                 cuda_graph=cuda_graph,
-                instances=partial(
-                    tell_apart,
-                    method=instances,
-                    threshold=threshold,
-                    seed_threshold=seed_threshold,
-                    smooth_px=smooth,
-                    border_class=border_class,
-                ),
+                instances=ids_of,
                 overlay=overlay,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
