@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import ops as fused_ops
 from .layers import ANSWERS, Answer, BilinearUp, ConvPair, Head, UpConv
+from .ops._library import waits_for_python
 from .ops.crop_concat.reference import centre_crop
 from .recompute import made_again, others_keep, recomputed
 
@@ -43,7 +44,7 @@ class UNet(nn.Module):
         activation: None for logits, or "sigmoid" for the probability of each class on its own.
         recompute: what is computed again in backward instead of being kept. True: all but what
             goes between the levels, which takes a third more time. False: nothing. None: on a GPU
-            the pooled copies and up-convolutions, which take little. The result is the same.
+            large pooled copies and up-convolutions, which take little. The result is the same.
         ops: the module whose operators run, ``fastunet.ops`` or ``fastunet.ops.eager``.
     Raises: ValueError for arguments that cannot work.
     Source: Ronneberger et al. 2015, figure 1 and section 3 (initialisation).
@@ -228,7 +229,9 @@ class UNet(nn.Module):
         # a compiler finds by itself what to keep
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or others_keep():
             return nullcontext()
-        wanted = self.recompute is None and x.device.type in RECOMPUTING
+        # what is small takes little memory, and other kernels than those of a call without gradients
+        small = waits_for_python(x.numel(), x)
+        wanted = self.recompute is None and x.device.type in RECOMPUTING and not small
         return made_again(x, make) if wanted else nullcontext()
 
     def _run(self, level: Callable[..., Any], *arguments: Any) -> Any:
