@@ -229,7 +229,7 @@ class UNet(nn.Module):
         # a compiler finds by itself what to keep
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or others_keep():
             return nullcontext()
-        # what is small takes little memory, and other kernels than those of a call without gradients
+        # what is small takes little memory, and may be made by other kernels than without gradients
         small = waits_for_python(x.numel(), x)
         wanted = self.recompute is None and x.device.type in RECOMPUTING and not small
         return made_again(x, make) if wanted else nullcontext()
