@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def cases(setting: Setting) -> list[Case]:
     Its training also with batch normalisation, as most followers have it.
     """
     on_cpu = setting.device.type == "cpu"
-    kinds: list[tuple[bool, str | None, Sequence[Shape]]] = [
+    kinds: list[tuple[bool, Literal["batch"] | None, Sequence[Shape]]] = [
         (training, None, CPU_SHAPES[training] if on_cpu else GPU_SHAPES)
         for training in (False, True)
     ]
@@ -67,7 +67,12 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def _case(
-    batch: int, size: int, dtype: torch.dtype, training: bool, norm: Any, setting: Setting
+    batch: int,
+    size: int,
+    dtype: torch.dtype,
+    training: bool,
+    norm: Literal["batch"] | None,
+    setting: Setting,
 ) -> Case:
     widths = QUICK_WIDTHS if setting.quick else PAPER_WIDTHS
     *inner, head = arrows(size, widths)

@@ -18,6 +18,9 @@ from .conv_relu.onednn import products_pay
 from .crop_concat import crop_concat
 from .norm_relu import norm_relu, unsupported
 
+# of a convolution's output: gradients of fewer take less time than Python takes to ask for them
+FEW_ELEMENTS = 1 << 17
+
 
 def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weights and bias of the convolution that equals ``norm(conv(x))`` in eval mode.
@@ -42,14 +45,12 @@ def folding_pays(x: Tensor, conv: nn.Conv2d) -> bool:
     return x.shape[0] * x.shape[2] * x.shape[3] >= 9 * conv.in_channels
 
 
-# of a convolution's output: gradients of fewer take less time than Python takes to ask for them
-FEW_ELEMENTS = 1 << 17
-
-
 def convolving_pays(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether a convolution alone is faster by ``conv3x3``: on the CPU, if it is not tiny."""
-    if x.device.type != "cpu" or not torch.is_grad_enabled():
-        return x.device.type == "cpu"
+    if x.device.type != "cpu":
+        return False
+    if not torch.is_grad_enabled():
+        return True
     cast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
     many = x.shape[0] * x.shape[2] * x.shape[3] * conv.out_channels >= FEW_ELEMENTS

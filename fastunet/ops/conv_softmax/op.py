@@ -51,9 +51,9 @@ def conv_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         argmax(conv2d(x, weight, bias), dim=1)
 
     Args:
-        x: [B, C, H, W] floating point, any memory layout; channels_last is the fast one.
-        weight: [K, C, 1, 1], as ``torch.nn.Conv2d`` holds it.
-        bias: [K], or None for no bias.
+        x: [B, C, H, W] as of ``conv_softmax``.
+        weight: [K, C, 1, 1].
+        bias: [K] or None.
     Returns: [B, H, W] uint8, int32 for more than 256 classes; of equal ones the first, and NaN
         is the largest, as ``torch.argmax`` has it. Not differentiable.
     Raises: as ``conv_softmax``.
