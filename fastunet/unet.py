@@ -43,8 +43,8 @@ class UNet(nn.Module):
             skip's size; "same" padding only. "crop": the skip is cropped, the output is smaller.
         activation: None for logits, or "sigmoid" for the probability of each class on its own.
         recompute: what is computed again in backward instead of being kept. True: all but what
-            goes between the levels, which takes a third more time. False: nothing. None: on a GPU
-            large pooled copies and up-convolutions, which take little. The result is the same.
+            goes between the levels, a forward pass more. False: nothing. None: on a GPU large
+            pooled copies and up-convolutions, which take little. The result is the same.
         ops: the module whose operators run, ``fastunet.ops`` or ``fastunet.ops.eager``.
     Raises: ValueError for arguments that cannot work.
     Source: Ronneberger et al. 2015, figure 1 and section 3 (initialisation).
