@@ -4,8 +4,7 @@
 
 #include <optional>
 
-#include "cpu/conv_relu.h"
-#include "ops.h"
+#include "ops_pixels.h"
 
 namespace fastunet {
 namespace {
@@ -18,42 +17,18 @@ cpu::Images images_of(const Tensor& y) {
   return {y.size(1), y.size(2), y.size(3)};
 }
 
-// Calls run(Float()) for the dtype of y.
-template <typename Run>
-void for_dtype(const Tensor& y, const Run& run) {
-  const ScalarType dtype = y.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
-                  "relu_pool: y must be float32 or bfloat16");
-  if (dtype == ScalarType::Float) {
-    run(cpu::Float32());
-  } else {
-    run(cpu::BFloat16());
-  }
-}
-
-template <typename Float>
-typename Float::Bits* bits(const Tensor& tensor) {
-  return tensor.numel() == 0 ? nullptr
-                             : static_cast<typename Float::Bits*>(tensor.mutable_data_ptr());
-}
-
-template <typename Float>
-const typename Float::Bits* const_bits(const Tensor& tensor) {
-  return static_cast<const typename Float::Bits*>(tensor.const_data_ptr());
-}
-
 Tensor relu_pool_cpu(const Tensor& y, bool pool) {
   const cpu::Images images = images_of(y);
   const Tensor pooled =
       pool ? new_empty(y, {y.size(0), images.height / 2, images.width / 2, images.channels})
            : new_empty(y, {0});
   if (y.numel() == 0) return pooled;
-  for_dtype(y, [&](auto dtype) {
+  for_dtype(y, "relu_pool: y", [&](auto dtype) {
     using Float = decltype(dtype);
-    auto* const into = bits<Float>(pooled);
+    auto* const into = mutable_bits<Float>(pooled);
     parallel_for(0, y.size(0) * images.row_pairs(), grain(2 * images.row()),
                  [&](int64_t begin, int64_t end) {
-                   cpu::relu_pool<Float>(bits<Float>(y), into, images, begin, end);
+                   cpu::relu_pool<Float>(mutable_bits<Float>(y), into, images, begin, end);
                  });
   });
   return pooled;
@@ -74,15 +49,14 @@ Tensor relu_pool_bwd_cpu(const Tensor& any_grad_y, const std::optional<Tensor>& 
                   "relu_pool_bwd: shapes differ");
   const Tensor grad = new_empty(y, y.sizes());
   if (y.numel() == 0) return grad;
-  for_dtype(y, [&](auto dtype) {
+  for_dtype(y, "relu_pool: y", [&](auto dtype) {
     using Float = decltype(dtype);
     const auto* const pooled =
-        blocks > 0 && any_grad_pooled.has_value() ? const_bits<Float>(grad_pooled) : nullptr;
+        blocks > 0 && any_grad_pooled.has_value() ? bits<Float>(grad_pooled) : nullptr;
     parallel_for(0, y.size(0) * images.row_pairs(), grain(2 * images.row()),
                  [&](int64_t begin, int64_t end) {
-                   cpu::relu_pool_bwd<Float>(const_bits<Float>(grad_y), pooled,
-                                             const_bits<Float>(y), bits<Float>(grad), images, begin,
-                                             end);
+                   cpu::relu_pool_bwd<Float>(bits<Float>(grad_y), pooled, bits<Float>(y),
+                                             mutable_bits<Float>(grad), images, begin, end);
                  });
   });
   return grad;

@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "cpu/norm_relu.h"
-#include "ops.h"
+#include "ops_pixels.h"
 
 namespace fastunet {
 namespace {
@@ -15,12 +15,9 @@ namespace {
 using torch::stable::parallel_for;
 
 void check_images(const Tensor& images, const Tensor& like, const char* name) {
-  const ScalarType dtype = images.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "norm_relu: ", name,
-                  " must be float32 or bfloat16");
   STD_TORCH_CHECK(images.dim() == 4 && images.is_contiguous() && images.numel() > 0,
                   "norm_relu: ", name, " must be [B, H, W, C] contiguous, with pixels");
-  STD_TORCH_CHECK(dtype == like.scalar_type() && images.numel() == like.numel(),
+  STD_TORCH_CHECK(images.scalar_type() == like.scalar_type() && images.numel() == like.numel(),
                   "norm_relu: ", name, " must be as x");
 }
 
@@ -30,27 +27,6 @@ const float* of_channels(const Tensor& tensor, const Tensor& x, const char* name
                       tensor.dim() == 1 && tensor.size(0) == x.size(3),
                   "norm_relu: ", name, " must be [C] float32");
   return tensor.const_data_ptr<float>();
-}
-
-// Calls run(Float()) for the dtype of x.
-template <typename Run>
-void for_dtype(const Tensor& x, const Run& run) {
-  if (x.scalar_type() == ScalarType::Float) {
-    run(cpu::Float32());
-  } else {
-    run(cpu::BFloat16());
-  }
-}
-
-template <typename Float>
-const typename Float::Bits* bits(const Tensor& tensor) {
-  return static_cast<const typename Float::Bits*>(tensor.const_data_ptr());
-}
-
-template <typename Float>
-typename Float::Bits* mutable_bits(const Tensor& tensor) {
-  return tensor.numel() == 0 ? nullptr
-                             : static_cast<typename Float::Bits*>(tensor.mutable_data_ptr());
 }
 
 // The pixels of x in parts, which no number of threads changes.
@@ -116,7 +92,7 @@ std::tuple<Tensor, Tensor> statistics_of(const Tensor& x) {
   const Parts parts(x);
   const Tensor sums = new_empty(x, {parts.count(), 3, parts.channels}, ScalarType::Double);
   double* const sums_data = sums.mutable_data_ptr<double>();
-  for_dtype(x, [&](auto dtype) {
+  for_dtype(x, "norm_relu: x", [&](auto dtype) {
     using Float = decltype(dtype);
     const auto* const from = bits<Float>(x);
     parts.for_each([&](int64_t part, int64_t first, int64_t pixels) {
@@ -143,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_relu_cpu(const Tensor& x,
   const Tensor pooled =
       pool ? new_empty(x, {x.size(0), images.height / 2, images.width / 2, images.channels})
            : new_empty(x, {0});
-  for_dtype(x, [&](auto dtype) {
+  for_dtype(x, "norm_relu: x", [&](auto dtype) {
     using Float = decltype(dtype);
     parallel_for(0, x.size(0) * images.row_pairs(), grain(2 * images.row()),
                  [&](int64_t begin, int64_t end) {
@@ -168,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_bwd_cpu(const Tensor& grad, const T
   const int64_t channels = parts.channels;
   const Tensor sums = new_empty(x, {parts.count(), 2, channels}, ScalarType::Double);
   double* const sums_data = sums.mutable_data_ptr<double>();
-  for_dtype(x, [&](auto dtype) {
+  for_dtype(x, "norm_relu: x", [&](auto dtype) {
     using Float = decltype(dtype);
     const auto *const from = bits<Float>(grad), *const of_x = bits<Float>(x);
     parts.for_each([&](int64_t part, int64_t first, int64_t pixels) {
@@ -196,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_bwd_cpu(const Tensor& grad, const T
   }
   const Tensor grad_x = need_x ? new_empty(x, x.sizes()) : new_empty(x, {0});
   if (need_x) {
-    for_dtype(x, [&](auto dtype) {
+    for_dtype(x, "norm_relu: x", [&](auto dtype) {
       using Float = decltype(dtype);
       const auto *const from = bits<Float>(grad), *const of_x = bits<Float>(x);
       auto* const to = mutable_bits<Float>(grad_x);
