@@ -1,6 +1,6 @@
 """Prediction: any image, in tiles, with the result of the whole image.
 
-    image -> windows, mirrored at the borders -> network -> one array or file
+    image -> windows, mirrored at the borders -> network, or several -> one array or file
 
 Memory is bounded by a batch of tiles; images and results may be mapped from files.
 """
@@ -16,13 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.func import functional_call
 
 from . import graphs
 from .augment import mirror
-from .devices import autocast as autocast_context
+from .ensemble import Run, networks, running
 from .files import replacing
-from .layers import decided, lowered
 from .tiles import Axis, Span, plan_axis
 from .unet import UNet
 
@@ -34,12 +32,10 @@ PageOutput = Literal["probability", "label", "instances"]
 Tile = int | tuple[int, int] | None
 Progress = Callable[[int, int], None]
 Plan = tuple[Axis, Axis]
-# tiles [B, C, H, W] to results [B, ..., H', W']
-Run = Callable[[NDArray[np.float32]], NDArray[Any]]
 
 
 def predict(
-    model: UNet,
+    model: UNet | Sequence[UNet],
     image: NDArray[np.floating[Any]] | Tensor,
     *,
     tile: Tile = None,
@@ -57,7 +53,9 @@ def predict(
     training, and mirrors its bottom and right up to a multiple of 2^(levels - 1).
 
     Args:
-        model: the network, on any device; runs in evaluation mode and keeps its own.
+        model: the network, on any device; runs in evaluation mode and keeps its own. Or several,
+            such as those of a cross-validation, for their mean probability; they may differ in
+            widths, normalisation, dropout and variant.
         image: [C, H, W] or [H, W] floating point, standardised as in training; from 1x1 up.
         tile: height and width of an input tile in pixels, one number or two; any size that fits.
             None for the one that needs the least work, at most about 1024.
@@ -68,34 +66,36 @@ def predict(
             takes eight times as long. Tiles turn where they lie, so that tiled and whole results
             stay equal; a turned image gives the turned result where its pooling grid is turned
             onto itself, as that of any size that fits the network is.
-        cuda_graph: record the network's kernels for each size of a batch and launch them together,
+        cuda_graph: record each network's kernels for each size of a batch and launch them together,
             on a GPU; gains where tiles are many and small. None for sizes that come often.
         progress: called with the number of tiles done and of all tiles.
     Returns: softmax probabilities [K, H, W] float32, or the most probable class [H, W] uint8
         (uint16 for more than 256 classes). A network of one class, or with a sigmoid, gives each
         class a probability of its own; the label of one class is 1 where that is above 0.5.
     Raises: ValueError for another number of channels, no pixels, NaN or infinity, a tile that does
-        not fit (with the nearest sizes that do), batch < 1, ``cuda_graph`` without a GPU; TypeError
-        for an image of integers.
+        not fit (with the nearest sizes that do), batch < 1, ``cuda_graph`` without a GPU, and for
+        no network or, naming what differs, several that do not fit together; TypeError for an
+        image of integers.
     Source: Ronneberger et al. 2015, figure 2.
     """
-    page = _image(image)
-    _check(model, page.shape, "image", batch, cuda_graph)
+    models = networks(model)
+    first, page = models[0], _image(image)
+    _check(first, page.shape, "image", batch, cuda_graph)
     if output not in get_args(Output):
         raise ValueError(f"predict: output must be probability or label, got {output!r}")
     if not np.isfinite(page).all():
         raise ValueError("predict: image must be finite, got NaN or infinity")
-    plan = _plan(model, page.shape, tile)
-    leading = (model.n_classes,) if output == "probability" else ()
-    result = np.empty((*leading, *page.shape[1:]), _dtype(model, output))
+    plan = _plan(first, page.shape, tile)
+    leading = (first.n_classes,) if output == "probability" else ()
+    result = np.empty((*leading, *page.shape[1:]), _dtype(first, output))
     advance = _counter(progress, _tiles(plan))
-    with _running(model, output, autocast, tta, cuda_graph) as run:
+    with running(models, output, autocast, tta, cuda_graph) as run:
         _fill(run, page, result, plan, batch=batch, advance=advance)
     return result
 
 
 def predict_pages(
-    model: UNet,
+    model: UNet | Sequence[UNet],
     source: "PageSource",
     path: str | Path,
     *,
@@ -118,7 +118,7 @@ def predict_pages(
     mapped, and above 4 GB it is a BigTIFF. It appears when it is complete.
 
     Args:
-        model: the network, on any device.
+        model: as for ``predict``.
         source: pages, as ``open_pages`` gives them.
         path: the file to write, ending in .tif or .tiff.
         output: "probability": float32, for up to two classes that of the foreground, [N, H, W],
@@ -135,9 +135,9 @@ def predict_pages(
         overlay: a .png file for a source of one page, else a folder that gets a picture of each
             page with its segmentation, "0000.png" on; long sides are thinned out to 2048 pixels.
         progress: called with the number of tiles done and of all tiles of all pages.
-    Raises: ValueError, naming the page, for another number of channels or NaN; and for a tile that
-        does not fit, a path or overlay that cannot be, a disk without the room; OSError, naming
-        the file, if the disk refuses.
+    Raises: ValueError, naming the page, for another number of channels or NaN; and for a tile or
+        networks that do not fit, a path or overlay that cannot be, a disk without the room;
+        OSError, naming the file, if the disk refuses.
     """
     # only files need more than torch
     from . import distributed, results
@@ -146,24 +146,26 @@ def predict_pages(
 
     if output not in get_args(PageOutput):
         raise ValueError(f"predict: output must be one of {get_args(PageOutput)}, got {output!r}")
+    models = networks(model)
+    first = models[0]
     path = Path(path)
     shapes = [source.shape(i) for i in range(len(source))]
     for i, shape in enumerate(shapes):
-        _check(model, shape, source.name(i), batch, cuda_graph)
+        _check(first, shape, source.name(i), batch, cuda_graph)
         if source.file(i).resolve() == path.resolve():
             raise ValueError(f"predict: {path} is an input, give another name for the output")
     if path.suffix.lower() not in (".tif", ".tiff"):
         raise ValueError(f"predict: the output must end in .tif or .tiff, got {path}")
-    if output == "instances" and model.n_classes > 1 and model.activation is not None:
+    if output == "instances" and first.n_classes > 1 and first.activation is not None:
         raise ValueError(
             "predict: instances need classes that exclude each other, got a network with a "
-            f"{model.activation} for each of {model.n_classes}"
+            f"{first.activation} for each of {first.n_classes}"
         )
     pictures = results.pictures(overlay, len(shapes))
-    plans = [_plan(model, shape, tile) for shape in shapes]
+    plans = [_plan(first, shape, tile) for shape in shapes]
     mine = range(distributed.rank(), len(shapes), distributed.count())
     advance = _counter(progress, sum(_tiles(plans[i]) for i in mine))
-    planes = (model.n_classes,) if output != "label" and model.n_classes > 2 else ()
+    planes = (first.n_classes,) if output != "label" and first.n_classes > 2 else ()
     wanted = "label" if output == "label" else "probability" if planes else "foreground"
     tell_apart = instances or partial(watershed_instances, method="watershed")
 
@@ -194,9 +196,9 @@ def predict_pages(
         return top
 
     leading = () if output == "instances" else planes
-    dtype = np.uint32 if output == "instances" else _dtype(model, output)
+    dtype = np.uint32 if output == "instances" else _dtype(first, output)
     with ExitStack() as stack:
-        run = stack.enter_context(_running(model, wanted, autocast, tta, cuda_graph))
+        run = stack.enter_context(running(models, wanted, autocast, tta, cuda_graph))
 
         def create() -> results.TiffPages:
             sizes = [(*leading, *shape[1:]) for shape in shapes]
@@ -217,45 +219,6 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-@contextmanager
-def _running(
-    model: UNet,
-    output: str,
-    autocast: torch.dtype | None,
-    tta: bool,
-    cuda_graph: bool | None,
-) -> Iterator[Run]:
-    """What makes results of tiles: in evaluation mode, with weights that are converted once.
-
-    ``output`` is "probability", "label" or "foreground", the last class's probability.
-    """
-    parameter = next(model.parameters())
-    device, dtype = parameter.device, parameter.dtype
-    records = device.type == "cuda" if cuda_graph is None else cuda_graph
-    with _evaluating(model), autocast_context(device, autocast, cached=not records):
-        weights = lowered(model, autocast)
-        # orientations are averaged before classes are told apart
-        asked = {"output": "label" if output == "label" and not tta else "probability"}
-
-        def forward(x: Tensor) -> Tensor:
-            y: Tensor = functional_call(model, weights, (x,), asked)
-            return y
-
-        patience = 0 if cuda_graph else graphs.PATIENCE
-        network = graphs.Recorded(forward, patience) if records else forward
-
-        def run(tiles: NDArray[np.float32]) -> NDArray[Any]:
-            x = torch.from_numpy(tiles).to(device, dtype, memory_format=torch.channels_last)
-            y = _turned_mean(network, x) if tta else network(x)
-            if output == "foreground":
-                y = y[:, -1]
-            elif output == "label" and tta:
-                y = decided(y)
-            return np.asarray(y.cpu().numpy())
-
-        yield run
 
 
 def _fill(
@@ -303,29 +266,6 @@ def _read(
 def _given(span: Span) -> slice:
     """The part of the network's output that a window gives."""
     return slice(span.offset, span.offset + span.last - span.first)
-
-
-@contextmanager
-def _evaluating(model: UNet) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _turned_mean(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The mean of the network's results for ``x`` in eight orientations, turned back."""
-    total: Tensor | float = 0.0
-    for turns, flipped in product(range(4), (False, True)):
-        seen = (x.flip(-1) if flipped else x).rot90(turns, (-2, -1))
-        y = network(seen).rot90(-turns, (-2, -1))
-        total = total + (y.flip(-1) if flipped else y)
-    return torch.as_tensor(total / 8)
 
 
 def _dtype(model: UNet, output: str) -> type[np.generic]:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from fastunet import UNet
 from fastunet.checkpoint import save_checkpoint
 from fastunet.pages import PageSource
 
@@ -160,6 +161,42 @@ def test_wrong_checkpoints(
     assert command(folders, path) == 2
     assert f"{path}: " in one_line(capsys)
     assert nothing_written(tmp_path)
+
+
+def written_with(path: Path, **options: Any) -> Path:
+    save_checkpoint(path, UNet(**{"widths": (2, 3, 4), **options}))
+    return path
+
+
+@pytest.mark.parametrize("command", [predict, evaluate])
+def test_checkpoints_that_do_not_fit_together(
+    command: Any,
+    folders: tuple[Path, Path],
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    narrow = written_with(tmp_path / "narrow.safetensors")
+    classes = written_with(tmp_path / "classes.safetensors", n_classes=3)
+    same = written_with(tmp_path / "same.safetensors", padding="same")
+    text, missing = tmp_path / "text.safetensors", tmp_path / "missing.safetensors"
+    text.write_text("a note")
+    again = tmp_path / "again.safetensors"
+    again.symlink_to(checkpoint)
+    for path, message in (
+        (classes, f"{classes}: has 3 classes, {checkpoint} 2"),
+        (same, f"{same}: has padding same, {checkpoint} valid"),
+        (missing, f"{missing}: no such checkpoint"),
+        (text, f"{text}: cannot be read as a checkpoint"),
+        (checkpoint, f"{checkpoint}: is given as a checkpoint twice"),
+        (again, f"{again}: is given as a checkpoint twice"),
+    ):
+        # in the middle and at the end
+        for more in ((path, narrow), (narrow, path)):
+            options = [part for other in more for part in ("--checkpoint", other)]
+            assert command(folders, checkpoint, *options) == 2
+            assert one_line(capsys).startswith(f"fastunet: error: {message}")
+            assert nothing_written(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["probability", "label", "instances"])

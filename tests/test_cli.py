@@ -19,6 +19,7 @@ from fastunet_benchmarks import run
 
 import fastunet
 from fastunet import cli, demo, load_model, metrics
+from fastunet.checkpoint import save_checkpoint
 from fastunet.cli import apply, convert, tools, train
 from fastunet.data import load_sections, standardise
 from fastunet.pages import open_pages
@@ -149,6 +150,30 @@ def test_options_of_prediction_arrive(
     assert found == json.loads(json.dumps(expected.to_dict()))
 
 
+def test_several_checkpoints(
+    data: tuple[Path, Path], run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [run_folder / LAST, tmp_path / "narrow.safetensors"]
+    save_checkpoint(paths[1], fastunet.UNet(widths=(2, 3, 4)))
+    models, section = [load_model(path) for path in paths], load_sections(*data, sections="0")[0]
+    p = fastunet.predict(models, section.image)
+    arguments = ["--checkpoint", paths[0], "--checkpoint", paths[1], "--device", "cpu", "--json"]
+    output = tmp_path / "out.tif"
+    assert call("predict", data[0], *arguments, "-o", output) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "pages": 3,
+        "output": str(output),
+        "overlay": None,
+    }
+    assert np.array_equal(tifffile.imread(output)[0], p[1])
+    assert not np.array_equal(p, fastunet.predict(models[0], section.image))
+    score = ["evaluate", "--images", data[0], "--labels", data[1], "--sections", "0"]
+    assert call(*score, *arguments) == 0
+    expected = metrics.score(p, section.classes, section.cells, method="watershed")
+    found = json.loads(capsys.readouterr().out)["mean"]
+    assert found == json.loads(json.dumps(expected.to_dict()))
+
+
 def test_weight_map(data: tuple[Path, Path], tmp_path: Path) -> None:
     output, picture = tmp_path / "weights.tif", tmp_path / "weights.png"
     assert call("weight-map", data[1], "-o", output, "--png", picture, "--quiet") == 0
@@ -183,6 +208,7 @@ def bad_calls(data: tuple[Path, Path], run: Path, tmp: Path) -> list[tuple[list[
         (["train", *both, "--output", run], "already holds a run"),
         (["train", "--images", tmp / "no.tif", "--labels", labels], "no.tif"),
         (["train", "--images", text, "--labels", labels], "text.tif"),
+        (["predict", images], "Missing option '--checkpoint'"),
         (["predict", images, "--checkpoint", text], "text.tif"),
         (["predict", text, "--checkpoint", run / LAST], "text.tif"),
         (["predict", images, "--checkpoint", run / LAST, "--tile", "61"], "tile must fit"),

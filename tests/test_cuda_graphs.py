@@ -107,6 +107,44 @@ def test_predicts_the_same(options: dict[str, Any], autocast: torch.dtype | None
             assert np.array_equal(plain, often)
 
 
+def test_each_network_of_several_has_its_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a recording that computes, into the same memory each time, and runs on any device."""
+    recorded = []
+
+    def record(self: Recorded, source: Tensor) -> tuple[Callable[[], None], Tensor, Tensor]:
+        recorded.append(source.shape)
+        result = self._network(source)
+
+        def replay() -> None:
+            result.copy_(self._network(source))
+
+        return replay, source, result
+
+    monkeypatch.setattr(Recorded, "_record", record)
+    monkeypatch.setattr(graphs, "unsupported", lambda device: None)
+    models = [network().eval(), network(norm="batch").eval()]
+    for tta in (False, True):
+        plain, replayed = (
+            predict(models, image(70, 70), tile=60, batch=4, tta=tta, cuda_graph=cuda_graph)
+            for cuda_graph in (False, True)
+        )
+        assert np.array_equal(plain, replayed)
+        # windows of 20 pixels over 70: a batch of four, over and over
+        assert recorded == [(4, 1, 60, 60)] * 2
+        recorded.clear()
+
+
+@needs_gpu
+def test_several_predict_the_same() -> None:
+    models = [network().cuda(), network(norm="batch").cuda()]
+    for tta in (False, True):
+        plain, recorded = (
+            predict(models, image(90, 130), tile=60, batch=4, tta=tta, cuda_graph=cuda_graph)
+            for cuda_graph in (False, True)
+        )
+        assert np.array_equal(plain, recorded)
+
+
 @needs_gpu
 @pytest.mark.parametrize("options", [{}, {"norm": "batch"}], ids=str)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])

@@ -26,7 +26,6 @@ from fastunet.tiles import plan_axis
 KINDS: list[tuple[Any, Any]] = list(product(("valid", "same"), ("transpose", "bilinear")))
 SIZES = [(1, 1), (1, 300), (2, 3), (37, 50), (61, 131)]
 BOUND = 1e-5  # on probabilities
-MODULE = predict_pages.__globals__  # fastunet.predict is the function
 
 Array = NDArray[np.float32]
 
@@ -251,7 +250,7 @@ def test_weights_converted_once_are_those_of_autocast(
     converted = lowered(model, torch.bfloat16)
     assert len(converted) == (0 if norm else len(list(model.parameters())))
     assert all(value.dtype == torch.bfloat16 for value in converted.values())
-    monkeypatch.setitem(MODULE, "lowered", lambda *_: {})
+    monkeypatch.setattr("fastunet.ensemble.lowered", lambda *_: {})
     assert np.array_equal(predict(model, image, autocast=torch.bfloat16), p)
 
 

@@ -1,4 +1,4 @@
-"""``fastunet predict``, ``evaluate`` and ``weight-map``: from files and a checkpoint to results."""
+"""``fastunet predict``, ``evaluate`` and ``weight-map``: from files and checkpoints to results."""
 
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from rich.table import Table
 
 from .common import (
     AsJson,
-    Checkpoint,
+    Checkpoints,
     Device,
     Images,
     LabelKind,
@@ -23,7 +23,10 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from ..metrics import Scores, SplitMerge
+    from ..unet import UNet
 
 Tta = Annotated[
     bool, typer.Option("--tta", help="Mean over eight orientations of each tile: 8 times as long.")
@@ -40,7 +43,7 @@ LOST = "run the command again"
 @app.command()
 def predict(
     images: Annotated[Path, typer.Argument(help="Files as for train.")],
-    checkpoint: Checkpoint,
+    checkpoints: Checkpoints,
     output: Annotated[Path, typer.Option("--output", "-o", help="TIFF file to write.")] = Path(
         "prediction.tif"
     ),
@@ -75,7 +78,6 @@ def predict(
     """Segment images of any size, in overlapping tiles with mirrored borders."""
     import numpy as np
 
-    from ..checkpoint import load_model
     from ..devices import autocast_dtype
     from ..distributed import agree, joined, naming_the_lost, rank
     from ..metrics import instances as tell_apart
@@ -83,7 +85,7 @@ def predict(
     from ..predict import predict_pages
 
     with joined(device) as target, naming_the_lost("predict", LOST):
-        source, model = agree(lambda: (open_pages(images), load_model(checkpoint, target)))
+        source, models = agree(lambda: (open_pages(images), _networks(checkpoints, target)))
         ids_of = partial(
             tell_apart,
             method=instances,
@@ -94,12 +96,13 @@ def predict(
         )
         if kind == "instances":
             # what its options cannot be is said before the first page is predicted
-            planes = (model.n_classes,) if model.n_classes > 2 else ()
-            agree(lambda: ids_of(np.full((*planes, 1, 1), 1 / model.n_classes)))
+            n_classes = models[0].n_classes
+            planes = (n_classes,) if n_classes > 2 else ()
+            agree(lambda: ids_of(np.full((*planes, 1, 1), 1 / n_classes)))
         with progress_bar(quiet or as_json or rank() > 0) as progress:
             task = progress.add_task("predicting", total=None)
             predict_pages(
-                model,
+                models,
                 source,
                 output,
                 output=kind,
@@ -126,7 +129,7 @@ def predict(
 def evaluate(
     images: Images,
     labels: Labels,
-    checkpoint: Checkpoint,
+    checkpoints: Checkpoints,
     sections: Annotated[
         str | None, typer.Option(help='Pages to score, such as "24-29"; all by default.')
     ] = None,
@@ -146,8 +149,7 @@ def evaluate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Score a checkpoint on labelled images."""
-    from ..checkpoint import load_model
+    """Score a checkpoint, or the mean of several, on labelled images."""
     from ..data import load_sections
     from ..devices import autocast_dtype
     from ..distributed import agree, count, dealt, joined, naming_the_lost, rank
@@ -155,11 +157,12 @@ def evaluate(
     from ..predict import predict
 
     with joined(device) as target, naming_the_lost("evaluate", LOST):
-        model = agree(lambda: load_model(checkpoint, target))
-        if model.n_classes > 1 and model.activation is not None:
+        models = agree(lambda: _networks(checkpoints, target))
+        n_classes, activation = models[0].n_classes, models[0].activation
+        if n_classes > 1 and activation is not None:
             raise ValueError(
-                f"{checkpoint}: evaluate compares classes that exclude each other, got a network "
-                f"with a {model.activation} for each of {model.n_classes}"
+                f"{checkpoints[0]}: evaluate compares classes that exclude each other, got a "
+                f"network with a {activation} for each of {n_classes}"
             )
         loaded = agree(
             lambda: load_sections(
@@ -167,7 +170,7 @@ def evaluate(
                 labels,
                 sections=sections,
                 # a network of one class tells it from the background
-                n_classes=max(2, model.n_classes),
+                n_classes=max(2, n_classes),
                 label_kind=label_kind,
                 separate=separate,
             )
@@ -177,9 +180,9 @@ def evaluate(
             task = progress.add_task("scoring", total=len(range(rank(), len(loaded), count())))
 
             def score_page(i: int) -> Scores:
-                probability = predict(model, loaded[i].image, tile=tile, autocast=dtype, tta=tta)
+                probability = predict(models, loaded[i].image, tile=tile, autocast=dtype, tta=tta)
                 scores = score(
-                    probability[0] if model.n_classes == 1 else probability,
+                    probability[0] if n_classes == 1 else probability,
                     loaded[i].classes,
                     loaded[i].cells,
                     method=instances,
@@ -215,6 +218,21 @@ def evaluate(
     out.print(table)
     out.print(f"mean of {len(pages)} pages, cells by {instances}")
     print_result(_rows(mean), as_json)
+
+
+def _networks(checkpoints: list[Path], device: "torch.device") -> "list[UNet]":
+    """The networks of checkpoints; what does not fit together is told of files, not of numbers."""
+    from ..checkpoint import load_model
+    from ..ensemble import difference
+
+    models: list[UNet] = []
+    for i, path in enumerate(checkpoints):
+        if path.resolve() in (other.resolve() for other in checkpoints[:i]):
+            raise ValueError(f"{path}: is given as a checkpoint twice")
+        models.append(load_model(path, device))
+        if unlike := difference(models[0], models[-1]):
+            raise ValueError(f"{path}: has {unlike[0]}, {checkpoints[0]} {unlike[1]}")
+    return models
 
 
 def _rows(mean: "Scores") -> dict[str, str]:

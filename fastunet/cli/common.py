@@ -33,7 +33,13 @@ Separate = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
-Checkpoint = Annotated[Path, typer.Option(help="A file that fastunet train or convert wrote.")]
+Checkpoints = Annotated[
+    list[Path],
+    typer.Option(
+        "--checkpoint",
+        help="A file that fastunet train or convert wrote; given again, the mean of all networks.",
+    ),
+]
 
 
 @app.callback()
