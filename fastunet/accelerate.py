@@ -3,7 +3,7 @@
 import copy
 import copyreg
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,37 +13,50 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from . import fusion, tracing
+from .fusion import Outcome
+from .ops.folding import by_statistics
+from .swapped import on_cpu, why_not
 
 # what a module's class is made to remember of the class that it was
 _ORIGINAL = "_fastunet_original"
 # what every module has: its mode and how it keeps hooks
 _OF_MODULES = frozenset(vars(nn.Module()))
+_CONVS = (nn.Conv2d, nn.ConvTranspose2d)
 # without a forward of their own
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What ``accelerate`` did with each Conv2d, by its name in the model."""
+    """What ``accelerate`` did with each Conv2d and ConvTranspose2d, by its name in the model."""
 
     swapped: tuple[str, ...]
+    on_cpu: dict[str, str]
+    """Those swapped on the CPU alone, and the reason why."""
     kept: dict[str, str]
     """The reason for each that was left alone."""
     notes: tuple[str, ...]
     """Modules whose forward could not be read; the modules in them were taken one by one."""
 
     def __str__(self) -> str:
-        lines = [f"{len(self.swapped)} convolutions run on fastunet, {len(self.kept)} as before"]
+        counts = [f"{len(self.swapped)} convolutions run on fastunet"]
+        if self.on_cpu:
+            counts.append(f"{len(self.on_cpu)} on the CPU alone")
+        lines = [", ".join([*counts, f"{len(self.kept)} as before"])]
         lines += [f"  swapped  {name}" for name in self.swapped]
+        lines += [f"  on CPU   {name}: {reason}" for name, reason in self.on_cpu.items()]
         lines += [f"  kept     {name}: {reason}" for name, reason in self.kept.items()]
         return "\n".join([*lines, *(f"  note     {note}" for note in self.notes)])
 
 
 def accelerate(model: nn.Module) -> tuple[nn.Module, Report]:
-    """Run the 3x3 convolutions of ``model`` on ``conv_relu``, wherever ReLU follows them.
+    """Run the convolutions of ``model`` on our operators, with what surrounds them.
 
-    A concatenation before, batch normalisation between the two (folded into the weights in eval
-    mode) and a 2x2 max-pooling behind are taken along. Everything else runs as before.
+    3x3 convolutions with ReLU behind them run on ``conv_relu``: a concatenation before, batch
+    normalisation between the two (folded into the weights in eval mode) and a 2x2 max-pooling
+    behind are taken along. 2x2 up-convolutions run on ``up_conv``. On the CPU so do 3x3
+    convolutions with instance normalisation, LeakyReLU or anything else behind them, and all
+    normalisation by the statistics of a batch or of an image. Everything else runs as before.
     Parameters, buffers, their names and the classes that ``isinstance`` sees stay. Weights and the
     images inside are in channels_last, the output is in the layout that it had. A copy by
     ``copy.deepcopy`` is accelerated too, a pickle is one of the original.
@@ -51,14 +64,14 @@ def accelerate(model: nn.Module) -> tuple[nn.Module, Report]:
     The forward is read once by ``torch.fx``. Where that is not possible, or where it does something
     else in training, the modules in it are taken one by one. The original forward runs, all of it,
     where plain attributes of the modules have changed since, where hooks were added to modules in
-    it, and for other arguments than its positional ones. So it does while batch normalisation is in
-    training mode, unless images are on the CPU and each one stands between a swapped convolution
-    and its ReLU: PyTorch's own is less accurate on channels_last images. ``train`` and ``eval`` lay
-    out the weights accordingly.
+    it, and for other arguments than its positional ones. So it does while batch normalisation is by
+    the batch, unless images are on the CPU and our kernels do all of it: PyTorch's own is less
+    accurate on channels_last images. ``train`` and ``eval`` lay out the weights accordingly.
 
     Args:
         model: any module; it is changed in place.
-    Returns: ``model`` and the report, which says of each Conv2d whether it was swapped, or why not.
+    Returns: ``model`` and the report, which says of each convolution whether it was swapped, or why
+        not.
     Raises: TypeError if ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
@@ -68,36 +81,33 @@ def accelerate(model: nn.Module) -> tuple[nn.Module, Report]:
         module.__class__ = getattr(type(module), _ORIGINAL, type(module))
     work = _Pass(model)
     work.accelerate(model)
-
-    reasons = {
-        name: _reasons(module, work.outcomes.get(module, []))
-        for module, name in work.names.items()
-        if isinstance(module, nn.Conv2d)
-    }
-    swapped = tuple(name for name, reason in reasons.items() if not reason)
-    kept = {name: reason for name, reason in reasons.items() if reason}
-    if swapped:
+    report = work.report()
+    if report.swapped or report.on_cpu:
         _change_class(model, forward=_in_layout_of_inputs(type(model).forward))
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        work.training.is_ours = work.trainable.issuperset(norms)
+        work.serves.all_norms = work.trainable.issuperset(norms)
+        work.serves.everywhere = bool(report.swapped)
         if not any(_is_channels_last(weight) for weight in model.parameters()):
-            _change_class(model, train=_train(type(model).train, work.training))
-            _lay_out(model, work.training)
-    return model, Report(swapped, kept, tuple(work.notes))
-
-
-def _reasons(conv: nn.Module, outcomes: list[str | None]) -> str:
-    """Why ``conv`` was not swapped at some of its calls; nothing if it was at each."""
-    if not outcomes:
-        return fusion.why_not(conv) or "no forward that could be read calls it"
-    return "; ".join(dict.fromkeys(reason for reason in outcomes if reason))
+            _change_class(model, train=_train(type(model).train, work.serves))
+            _lay_out(model, work.serves)
+    return model, report
 
 
 @dataclass
-class _Training:
-    """Whether all batch normalisation of a model in training is by our kernels, on the CPU."""
+class _Serves:
+    """Where the graphs that were made of a model serve."""
 
-    is_ours: bool = False
+    everywhere: bool = False
+    """On every device; else on the CPU alone."""
+    all_norms: bool = False
+    """On the CPU also where batch normalisation is by the batch."""
+
+    def these(self, norms: Iterable[nn.Module], images: Iterable[Any]) -> bool:
+        """Whether ``images`` can run through graphs with ``norms`` as they are."""
+        by_batch = any(by_statistics(norm) for norm in norms)  # type: ignore[arg-type]
+        if on_cpu(*images):
+            return self.all_norms or not by_batch
+        return self.everywhere and not by_batch
 
 
 class _Pass:
@@ -105,19 +115,19 @@ class _Pass:
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {module: name for name, module in model.named_modules()}
-        self.outcomes: dict[nn.Module, list[str | None]] = {}
+        self.outcomes: dict[nn.Module, list[Outcome]] = {}
         self.notes: list[str] = []
         self.seen: set[nn.Module] = set()
         self.trainable: set[nn.Module] = set()
-        self.training = _Training()
-        self.objection: str | None = None
+        self.serves = _Serves()
+        self.objection = ""
         if any(isinstance(module, nn.GroupNorm) for module in self.names):
             self.objection = "the model has GroupNorm, which is less accurate in channels_last"
 
     def accelerate(self, module: nn.Module) -> None:
         """Change the forward of ``module`` and those that it calls whole, or of what is in it."""
-        convs = any(isinstance(each, nn.Conv2d) for each in module.modules())
-        if not convs or module in self.seen or isinstance(module, nn.Conv2d):
+        convs = any(isinstance(each, _CONVS) for each in module.modules())
+        if not convs or module in self.seen or isinstance(module, _CONVS):
             return
         self.seen.add(module)
         parts = {module}
@@ -134,12 +144,37 @@ class _Pass:
 
     def _fuse(self, module: nn.Module, graph: fx.Graph, parts: set[nn.Module]) -> None:
         calls = fusion.fuse(graph, module)
-        for conv, reasons in calls.items():
-            outcomes = [reason or self.objection for reason in reasons]
-            self.outcomes.setdefault(conv, []).extend(outcomes)
-        if self.objection is None and any(None in reasons for reasons in calls.values()):
+        for conv, outcomes in calls.items():
+            self.outcomes.setdefault(conv, []).extend(
+                Outcome(False, self.objection) if outcome.swapped and self.objection else outcome
+                for outcome in outcomes
+            )
+        if any(outcome.swapped for conv in calls for outcome in self.outcomes[conv]):
             self.trainable |= fusion.trainable_norms(graph, module)
-            _change_class(module, forward=_read_forward(module, graph, parts, self.training))
+            _change_class(module, forward=_read_forward(module, graph, parts, self.serves))
+
+    def report(self) -> Report:
+        """What came of all calls of each convolution."""
+        everywhere: dict[str, nn.Module] = {}
+        on_cpu: dict[str, str] = {}
+        kept: dict[str, str] = {}
+        for module, name in self.names.items():
+            if not isinstance(module, _CONVS):
+                continue
+            uncalled = why_not(module) or "no forward that could be read calls it"
+            outcomes = self.outcomes.get(module, [Outcome(False, uncalled)])
+            why_kept = [outcome.reason for outcome in outcomes if not outcome.swapped]
+            reasons = "; ".join(dict.fromkeys(why_kept or (o.reason for o in outcomes if o.reason)))
+            if why_kept:
+                kept[name] = reasons
+            elif reasons:
+                on_cpu[name] = reasons
+            else:
+                everywhere[name] = module
+        if not any(isinstance(module, nn.Conv2d) for module in everywhere.values()):
+            on_cpu |= dict.fromkeys(everywhere, "no 3x3 convolution is swapped everywhere")
+            everywhere = {}
+        return Report(tuple(everywhere), on_cpu, kept, tuple(self.notes))
 
 
 def _whole(module: nn.Module, parts: set[nn.Module]) -> Iterator[nn.Module]:
@@ -152,7 +187,7 @@ def _whole(module: nn.Module, parts: set[nn.Module]) -> Iterator[nn.Module]:
 
 
 def _read_forward(
-    module: nn.Module, graph: fx.Graph, inlined: set[nn.Module], training: _Training
+    module: nn.Module, graph: fx.Graph, inlined: set[nn.Module], serves: _Serves
 ) -> Callable[..., Any]:
     """What ``graph`` says, while ``inlined`` are as they were when it was read."""
     original = type(module).forward
@@ -171,8 +206,7 @@ def _read_forward(
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         as_read = not kwargs and len(args) == arguments and all(s.holds(self) for s in states)
-        ours = training.is_ours and fusion.trains(*args)
-        if not as_read or (not ours and any(_part(self, path).training for path in norms)):
+        if not as_read or not serves.these((_part(self, path) for path in norms), args):
             return original(self, *args, **kwargs)
         parts = _Parts()
         for path, name in paths.items():
@@ -251,24 +285,24 @@ def _is_channels_last(given: Any) -> bool:
     )
 
 
-def _train(original: Callable[..., nn.Module], training: _Training) -> Callable[..., nn.Module]:
+def _train(original: Callable[..., nn.Module], serves: _Serves) -> Callable[..., nn.Module]:
     """``original``, and the weights laid out for the new mode."""
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         original(self, mode)
-        _lay_out(self, training)
+        _lay_out(self, serves)
         return self
 
     return train
 
 
-def _lay_out(model: nn.Module, training: _Training) -> None:
-    """Put the weights into channels_last, unless PyTorch normalises batches, in training mode."""
-    ours = training.is_ours and fusion.trains(*model.parameters())
-    normalises = not ours and any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
-    layout = torch.contiguous_format if normalises else torch.channels_last
+def _lay_out(model: nn.Module, serves: _Serves) -> None:
+    """Put the weights into channels_last where our graphs serve, else in order."""
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    ours = serves.these(norms, model.parameters())
     # parameters made in inference mode could not be trained any more
     with torch.inference_mode(False):
+        layout = torch.channels_last if ours else torch.contiguous_format
         model.to(memory_format=layout)  # type: ignore[call-overload]
 
 

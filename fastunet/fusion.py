@@ -1,197 +1,163 @@
-"""The convolutions in a graph that ``conv_relu`` can take, and what runs in their place.
+"""The modules in a graph that operators of ours can take, and what runs in their place.
 
 What is looked for, each step the only use of the one before it:
 
-    [cat of two ->] Conv2d 3x3 [-> BatchNorm2d] -> ReLU [-> 2x2 max-pooling, beside other uses]
+    [cat of two ->] Conv2d 3x3 [-> normalisation] [-> ReLU or LeakyReLU] [-> 2x2 max-pooling]
 
-with Dropout and Identity allowed before the ReLU. In eval mode dropout does nothing, and batch
-normalisation is folded into the weights; in training it goes together with the ReLU
-(``ops/folding.py``).
+with Dropout and Identity allowed in between, and other uses beside the max-pooling. With ReLU, and
+BatchNorm2d or nothing before it, that is ``conv_relu``, on every device; for others the CPU alone
+has kernels. Also 2x2 up-convolutions, and on the CPU any other normalisation and its activation.
 """
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from .backends import EXTENSION_MISSING
-from .ops import conv_norm_relu, conv_relu
-from .ops.folding import padding_of
+from .ops import norm_relu
+from .swapped import (
+    BETWEEN,
+    NORMS,
+    drops,
+    is_pool,
+    run,
+    run_norm,
+    run_up,
+    slope_of,
+    why_not,
+    why_not_everywhere,
+)
 from .tracing import has_hooks
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
-# what may stand between a convolution and its ReLU
-_BETWEEN = (nn.BatchNorm2d, nn.Dropout, nn.Dropout2d, nn.Identity)
+_LEAKY_RELUS = (F.leaky_relu, F.leaky_relu_)
 _CATS = (torch.cat, torch.concat, torch.concatenate)
 _POOLS = (F.max_pool2d, torch.max_pool2d)
 
 
-def why_not(module: nn.Module) -> str | None:
-    """Why ``conv_relu`` cannot stand in for a convolution, whatever follows it, or None."""
-    if type(module) is not nn.Conv2d:
-        return f"a {type(module).__name__} is not a plain Conv2d"
-    for name, want in (("kernel_size", (3, 3)), ("stride", (1, 1)), ("dilation", (1, 1))):
-        if getattr(module, name) != want:
-            return f"{name} {getattr(module, name)}"
-    if module.groups != 1:
-        return f"groups {module.groups}"
-    if module.padding not in ((0, 0), (1, 1), "same", "valid"):
-        return f"padding {module.padding}"
-    if module.padding_mode != "zeros" and module.padding not in ((0, 0), "valid"):
-        return f"padding mode {module.padding_mode}"
-    if has_hooks(module):
-        return "it has hooks"
-    return None
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one call of a convolution."""
+
+    swapped: bool
+    """On the CPU at least."""
+    reason: str = ""
+    """Why not, or why not on every device."""
 
 
-def why_not_between(module: nn.Module | None) -> str | None:
-    """Why a module between convolution and ReLU is in the way even in eval mode, or None."""
-    if module is None or type(module) not in _BETWEEN:
-        return f"followed by {type(module).__name__}, not ReLU"
-    if isinstance(module, nn.BatchNorm2d) and module.running_mean is None:
-        return "its BatchNorm2d has no running statistics"
-    return f"its {type(module).__name__} has hooks" if has_hooks(module) else None
-
-
-def fuse(graph: fx.Graph, root: nn.Module) -> dict[nn.Module, list[str | None]]:
-    """Replace in ``graph`` what ``conv_relu`` can take; for each convolution call, why not."""
+def fuse(graph: fx.Graph, root: nn.Module) -> dict[nn.Module, list[Outcome]]:
+    """Replace in ``graph`` what operators of ours can take; what came of each convolution call."""
     modules = dict(root.named_modules())
-    outcomes: dict[nn.Module, list[str | None]] = {}
+    outcomes: dict[nn.Module, list[Outcome]] = {}
     for node in list(graph.nodes):
         conv = _module(node, modules)
-        if isinstance(conv, nn.Conv2d):
-            reason = why_not(conv) or _fuse_call(graph, node, modules)
-            outcomes.setdefault(conv, []).append(reason)
+        if not isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)):
+            continue
+        reason = why_not(conv) or ("" if _takes_one(node) else "it is not called with one tensor")
+        if reason:
+            outcome = Outcome(False, reason)
+        elif isinstance(conv, nn.Conv2d):
+            outcome = Outcome(True, _fuse_conv(graph, node, modules))
+        else:
+            outcome = Outcome(True)
+            with graph.inserting_before(node):
+                up = graph.call_function(run_up, (*node.args, _part(graph, node)))
+            _put(graph, up, [node])
+        outcomes.setdefault(conv, []).append(outcome)
+    for node in list(graph.nodes):
+        norm = _module(node, modules)
+        if isinstance(norm, NORMS) and not has_hooks(norm) and _takes_one(node):
+            _fuse_norm(graph, node, modules)
     return outcomes
 
 
-def _fuse_call(graph: fx.Graph, conv: fx.Node, modules: dict[str, nn.Module]) -> str | None:
-    """Replace one convolution and what belongs to it, or say why not."""
-    if len(conv.args) != 1 or conv.kwargs:
-        return "it is not called with one tensor"
-    between: list[fx.Node] = []
-    after = _only_user(conv)
-    while after is not None and isinstance(_module(after, modules), _BETWEEN):
-        reason = why_not_between(_module(after, modules))
-        if reason:
-            return reason
-        between.append(after)
-        after = _only_user(after)
-    kinds = [type(_module(step, modules)) for step in (conv, *between)]
-    if kinds.count(nn.BatchNorm2d) > 1:
-        return "followed by more than one BatchNorm2d"
+def _fuse_conv(graph: fx.Graph, conv: fx.Node, modules: dict[str, nn.Module]) -> str:
+    """Replace a convolution and what belongs to it; why that does not serve everywhere."""
+    between, after, reason = _following(conv, modules)
     if after is None:
-        return f"the output of its {kinds[-1].__name__} is used more than once"
-    relu = _module(after, modules)
-    if not (_is_relu(after) or type(relu) is nn.ReLU):
-        return f"followed by {_describe(after, modules)}, not ReLU"
-    if relu is not None and has_hooks(relu):
-        return "its ReLU has hooks"
-    pool = _pool_of(after, modules)
-
+        # up to the normalisation, if there is one
+        while between and not isinstance(_module(between[-1], modules), NORMS):
+            between.pop()
+    slope = 1.0 if after is None else _slope(after, modules)
+    pool = _pool_of(after, modules) if after is not None and slope == 0 else None
     cat, skip, x = _inputs(conv, modules)
     with graph.inserting_before(conv):
-        steps = [
-            None if step is None or step.op != "call_module" else graph.get_attr(str(step.target))
-            for step in (conv, after, pool, *between)
-        ]
-        y = call = graph.call_function(
-            run, (x, skip, *steps[:3], tuple(steps[3:]), pool is not None)
+        steps = tuple(_part(graph, step) for step in between)
+        activation = _part(graph, after) or slope
+        images = (x, skip, _part(graph, conv))
+        call = graph.call_function(
+            run, (*images, steps, activation, _part(graph, pool), pool is not None)
         )
+        y = call
         if pool is not None:
             y = graph.call_function(operator.getitem, (call, 0))
             pool.replace_all_uses_with(graph.call_function(operator.getitem, (call, 1)))
             graph.erase_node(pool)
-    after.replace_all_uses_with(y)
-    for step in (after, *reversed(between), conv, cat):
-        if step is not None:
-            graph.erase_node(step)
-    return None
+    _put(graph, y, [cat, conv, *between, after])
+    return reason or why_not_everywhere([modules[str(step.target)] for step in between], slope)
 
 
-def run(
-    x: Tensor,
-    skip: Tensor | None,
-    conv: nn.Conv2d,
-    relu: nn.ReLU | None,
-    pool: nn.MaxPool2d | None,
-    between: tuple[nn.Module, ...],
-    pooled: bool,
-) -> Any:
-    """What the modules compute one after the other, by ``conv_relu`` where it can.
-
-    Args:
-        x: [B, C, H, W], input of ``conv``, or the second part of it.
-        skip: [B, C_skip, H, W], the first part, or None.
-        conv: the convolution.
-        relu: the module of the ReLU, or None for a function.
-        pool: the module of the max-pooling, or None for a function or none.
-        between: what stands between ``conv`` and ReLU.
-        pooled: whether there is a max-pooling.
-    Returns: [B, C_out, H', W'], or with ``pooled`` a pair of that and its pooled copy.
-    """
-    if _takes(x, skip, conv, relu, pool, between):
-        x = x.contiguous(memory_format=torch.channels_last)
-        for module in between:
-            if isinstance(module, nn.BatchNorm2d):
-                return conv_norm_relu(x, conv, module, skip=skip, pool=pooled)
-        padding = padding_of(conv)
-        return conv_relu(x, conv.weight, conv.bias, padding=padding, skip=skip, pool=pooled)
-    y = conv(x if skip is None else torch.cat([skip, x], 1))
-    for module in between:
-        y = module(y)
-    y = F.relu(y) if relu is None else relu(y)
-    if not pooled:
-        return y
-    return y, (F.max_pool2d(y, 2) if pool is None else pool(y))
+def _following(
+    conv: fx.Node, modules: dict[str, nn.Module]
+) -> tuple[list[fx.Node], fx.Node | None, str]:
+    """What stands between a convolution and its activation, and that, or why it has none."""
+    between: list[fx.Node] = []
+    last = conv
+    while (after := _only_user(last)) is not None:
+        module = _module(after, modules)
+        if _slope(after, modules) is not None:
+            return between, after, ""
+        if module is not None and has_hooks(module):
+            return between, None, f"its {type(module).__name__} has hooks"
+        if type(module) not in BETWEEN or not _takes_one(after):
+            return between, None, f"followed by {_describe(after, modules)}, not ReLU"
+        if type(module) in NORMS and any(type(_module(b, modules)) in NORMS for b in between):
+            return between, None, "followed by more than one normalisation"
+        between.append(after)
+        last = after
+    name = type(_module(last, modules)).__name__
+    return between, None, f"the output of its {name} is used more than once"
 
 
-def _takes(
-    x: Tensor,
-    skip: Tensor | None,
-    conv: nn.Conv2d,
-    relu: nn.ReLU | None,
-    pool: nn.MaxPool2d | None,
-    between: tuple[nn.Module, ...],
-) -> bool:
-    """Whether ``conv_relu`` serves this call, the modules as they are now."""
-    if x.ndim != 4 or (skip is not None and skip.shape[2:] != x.shape[2:]):
-        return False
-    if why_not(conv) or (relu is not None and (type(relu) is not nn.ReLU or has_hooks(relu))):
-        return False
-    if pool is not None and not _is_pool_module(pool):
-        return False
-    for module in between:
-        if why_not_between(module) or (module.training and _drops(module)):
-            return False
-    return True
+def _fuse_norm(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module]) -> None:
+    """Replace a normalisation that no convolution of ours is before, and its activation."""
+    after = _only_user(norm)
+    slope = None if after is None else _slope(after, modules)
+    after = None if slope is None else after
+    with graph.inserting_before(norm):
+        activation = _part(graph, after) or (1.0 if slope is None else slope)
+        y = graph.call_function(run_norm, (*norm.args, _part(graph, norm), activation))
+    _put(graph, y, [norm, after])
 
 
-def _drops(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Dropout, nn.Dropout2d)) and module.p > 0
+def _part(graph: fx.Graph, node: fx.Node | None) -> fx.Node | None:
+    """The module that ``node`` calls, as an argument; None if it calls a function."""
+    called = node is not None and node.op == "call_module"
+    return graph.get_attr(str(node.target)) if node is not None and called else None
+
+
+def _put(graph: fx.Graph, y: fx.Node, steps: list[fx.Node | None]) -> None:
+    """Let ``y`` be what the last of ``steps`` gave, and take them out."""
+    there = [step for step in steps if step is not None]
+    there[-1].replace_all_uses_with(y)
+    for step in reversed(there):
+        graph.erase_node(step)
 
 
 def trainable_norms(graph: fx.Graph, root: nn.Module) -> set[nn.Module]:
-    """The batch normalisations that are part of what was replaced in ``graph``, in training too."""
+    """The normalisations that are part of what was replaced in ``graph``, in training too."""
     modules = dict(root.named_modules())
     found: set[nn.Module] = set()
     for node in graph.nodes:
-        if node.op == "call_function" and node.target is run:
-            between = [modules[str(step.target)] for step in node.args[5]]
-            if not any(map(_drops, between)):
-                found |= {module for module in between if isinstance(module, nn.BatchNorm2d)}
+        steps = {run: lambda args: args[3], run_norm: lambda args: args[1:2]}.get(node.target)
+        if steps is not None:
+            parts = [modules[str(step.target)] for step in steps(node.args)]
+            if not any(map(drops, parts)):
+                found |= {part for part in parts if not norm_relu.why_not(part)}
     return found
-
-
-def trains(*images: Any) -> bool:
-    """Whether batch normalisation of ``images`` in training has kernels of ours."""
-    return not EXTENSION_MISSING and all(
-        image.device.type == "cpu" and image.dtype in (torch.float32, torch.bfloat16)
-        for image in images
-        if isinstance(image, Tensor)
-    )
 
 
 def _module(node: fx.Node | None, modules: dict[str, nn.Module]) -> nn.Module | None:
@@ -213,10 +179,23 @@ def _count(user: fx.Node, node: fx.Node) -> int:
     return found.count(node)
 
 
-def _is_relu(node: fx.Node) -> bool:
-    if node.op == "call_function":
-        return node.target in _RELUS
-    return node.op == "call_method" and node.target in ("relu", "relu_")
+def _takes_one(node: fx.Node) -> bool:
+    return len(node.args) == 1 and not node.kwargs
+
+
+def _slope(node: fx.Node, modules: dict[str, nn.Module]) -> float | None:
+    """The slope below zero, if ``node`` calls ReLU or LeakyReLU."""
+    if node.op == "call_module":
+        return slope_of(_module(node, modules))
+    if node.op == "call_method":
+        return 0.0 if node.target in ("relu", "relu_") else None
+    if node.target in _RELUS:
+        return 0.0
+    if node.target not in _LEAKY_RELUS:
+        return None
+    given: dict[str, Any] = {"negative_slope": 0.01, **node.kwargs}
+    slope = node.args[1] if len(node.args) > 1 else given["negative_slope"]
+    return float(slope) if isinstance(slope, (int, float)) and slope >= 0 else None
 
 
 def _pool_of(relu: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
@@ -230,7 +209,7 @@ def _pool_of(relu: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
 def _is_pool(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     module = _module(node, modules)
     if module is not None:
-        return _is_pool_module(module)
+        return is_pool(module)
     if node.op != "call_function" or node.target not in _POOLS:
         return False
     given = dict(zip(("input", "kernel_size", "stride"), node.args, strict=False)) | node.kwargs
@@ -241,19 +220,6 @@ def _is_pool(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         len(node.args) <= 3
         and all(size in (2, (2, 2), [2, 2], None) for size in sizes)
         and all(plain.get(name) == value for name, value in given.items())
-    )
-
-
-def _is_pool_module(module: nn.Module) -> bool:
-    return (
-        type(module) is nn.MaxPool2d
-        and module.kernel_size in (2, (2, 2))
-        and module.stride in (2, (2, 2))
-        and module.padding in (0, (0, 0))
-        and module.dilation in (1, (1, 1))
-        and not module.ceil_mode
-        and not module.return_indices
-        and not has_hooks(module)
     )
 
 

@@ -27,20 +27,25 @@ def monai(name: str, **options: Any) -> nn.Module:
 BASIC = {"features": (8, 8, 16, 32, 64, 8)}
 LEVELS = {"channels": (8, 16, 32), "strides": (2, 2), "num_res_units": 2}
 RELU = {"act": "relu", "norm": "batch"}
-# how to build it, a size that it takes, and its swapped and kept convolutions
-NETWORKS: dict[str, tuple[Build, tuple[int, int], int, int]] = {
-    "classic": (lambda: networks.ClassicUNet(3, 2, width=8), (45, 67), 18, 1),
-    "classic bilinear": (lambda: networks.ClassicUNet(3, 2, True, width=8), (45, 67), 18, 1),
-    "path": (lambda: networks.PathUNet(3, 2, 3, 3), (61, 67), 10, 1),
-    "path norm": (lambda: networks.PathUNet(3, 2, 3, 3, True, True, "upsample"), (45, 67), 10, 3),
-    "hub": (lambda: networks.HubUNet(3, 1, 8), (48, 80), 18, 1),
-    "monai basic": (lambda: monai("BasicUNet", **BASIC, **RELU), (45, 67), 18, 1),
-    "monai": (lambda: monai("UNet", **LEVELS, **RELU), (44, 68), 5, 6),
-    "segmentation": (lambda: networks_more.SegmentationUnet(3, 2, 8), (32, 96), 23, 24),
-    "nested": (lambda: networks_more.NestedUNet(2, 3, width=8), (48, 80), 30, 1),
-    "nested deep": (lambda: networks_more.NestedUNet(2, 3, True, width=8), (48, 80), 30, 4),
-    "attention": (lambda: networks_more.AttentionUNet(3, 2, width=8), (48, 80), 22, 13),
-}
+# how to build it, a size that it takes, and its convolutions: swapped, swapped on the CPU, kept
+NETWORKS: dict[str, tuple[Build, tuple[int, int], int, int, int]] = {
+    "classic": (lambda: networks.ClassicUNet(3, 2, width=8), (45, 67), 22, 0, 1),
+    "classic bilinear": (lambda: networks.ClassicUNet(3, 2, True, width=8), (45, 67), 18, 0, 1),
+    "path": (lambda: networks.PathUNet(3, 2, 3, 3), (61, 67), 12, 0, 1),
+    "path norm": (
+        lambda: networks.PathUNet(3, 2, 3, 3, True, True, "upsample"), (45, 67), 10, 0, 3
+    ),
+    "hub": (lambda: networks.HubUNet(3, 1, 8), (48, 80), 22, 0, 1),
+    "monai basic": (lambda: monai("BasicUNet", **BASIC, **RELU), (45, 67), 22, 0, 1),
+    "monai basic default": (lambda: monai("BasicUNet", **BASIC), (45, 67), 0, 22, 1),
+    "monai": (lambda: monai("UNet", **LEVELS, **RELU), (44, 68), 5, 1, 7),
+    "monai default": (lambda: monai("UNet", **LEVELS), (44, 68), 0, 6, 7),
+    "plain": (lambda: networks_more.PlainConvUNet(3, 2, (8, 16, 32)), (44, 68), 0, 10, 3),
+    "segmentation": (lambda: networks_more.SegmentationUnet(3, 2, 8), (32, 96), 23, 17, 7),
+    "nested": (lambda: networks_more.NestedUNet(2, 3, width=8), (48, 80), 30, 0, 1),
+    "nested deep": (lambda: networks_more.NestedUNet(2, 3, True, width=8), (48, 80), 30, 0, 4),
+    "attention": (lambda: networks_more.AttentionUNet(3, 2, width=8), (48, 80), 22, 0, 13),
+}  # fmt: skip
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:
@@ -51,12 +56,13 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
 
 def randomised(model: nn.Module) -> nn.Module:
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
             state = module.state_dict()
-            for name in ("weight", "running_var"):
-                nn.init.uniform_(state[name], 0.5, 1.5)
-            for name in ("bias", "running_mean"):
-                nn.init.normal_(state[name], std=0.3)
+            for name, tensor in state.items():
+                if name in ("weight", "running_var"):
+                    nn.init.uniform_(tensor, 0.5, 1.5)
+                elif name in ("bias", "running_mean"):
+                    nn.init.normal_(tensor, std=0.3)
     return model
 
 
@@ -73,7 +79,8 @@ def gradients(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor, list[T
         (result * torch.randn(result.shape, generator=generator).to(result)).sum()
         for result in results
     ]
-    grads = torch.autograd.grad(sum(weighted, x.new_zeros(())), [x, *model.parameters()])
+    total, leaves = sum(weighted, x.new_zeros(())), [x, *model.parameters()]
+    grads = torch.autograd.grad(total, leaves, materialize_grads=True)
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     return results, torch.cat([grad.flatten() for grad in grads]), buffers
 

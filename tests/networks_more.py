@@ -1,4 +1,4 @@
-"""More of them: a nested U-Net, an attention U-Net, and one with a residual encoder."""
+"""More of them: nested, attention, one with a residual encoder, one with instance norm."""
 
 import torch
 import torch.nn.functional as F
@@ -263,3 +263,63 @@ class SegmentationUnet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.check_input_shape(x)
         return self.segmentation_head(self.decoder(self.encoder(x)))
+
+
+class ConvDropoutNormReLU(nn.Module):
+    """Convolution, instance normalisation, LeakyReLU."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=True)
+        self.norm = nn.InstanceNorm2d(c_out, eps=1e-5, affine=True)
+        self.nonlin = nn.LeakyReLU(inplace=True)
+        self.all_modules = nn.Sequential(self.conv, self.norm, self.nonlin)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.all_modules(x)
+
+
+class StackedConvBlocks(nn.Module):
+    """Two of them, the first with a stride."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(
+            ConvDropoutNormReLU(c_in, c_out, stride), ConvDropoutNormReLU(c_out, c_out, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convs(x)
+
+
+class PlainConvUNet(nn.Module):
+    """nnU-Net's: strides instead of pooling, instance norm, LeakyReLU; up to 512 channels there."""
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        features: tuple[int, ...] = (32, 64, 128, 256, 512, 512),
+    ) -> None:
+        super().__init__()
+        self.stages = nn.Sequential(
+            *(
+                StackedConvBlocks(c_in, c_out, 2 if i else 1)
+                for i, (c_in, c_out) in enumerate(
+                    zip((input_channels, *features), features, strict=False)
+                )
+            )
+        )
+        pairs = list(zip(features[::-1], features[-2::-1], strict=False))
+        self.transpconvs = nn.ModuleList(nn.ConvTranspose2d(*pair, 2, 2) for pair in pairs)
+        self.decoder = nn.ModuleList(StackedConvBlocks(2 * c, c) for _, c in pairs)
+        self.seg_layer = nn.Conv2d(features[0], num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for stage in self.stages:
+            x = stage(x)
+            skips.append(x)
+        for i, (up, blocks) in enumerate(zip(self.transpconvs, self.decoder, strict=True)):
+            x = blocks(torch.cat((up(x), skips[-i - 2]), 1))
+        return self.seg_layer(x)

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastunet import accelerate, fusion
+from fastunet import accelerate
 from fastunet.ops import folding
 from fastunet.ops.folding import folded
+from fastunet.swapped import on_cpu
 
 from . import networks
 from .accelerate_cases import NETWORKS, assert_same, build, outputs
 from .accuracy import assert_as_accurate
 
-# batch normalisation that no convolution and ReLU are around: the original forward trains them
-NORMALISED_ELSEWHERE = {"path norm", "monai", "segmentation", "attention"}
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
@@ -30,25 +29,31 @@ def test_same_results(name: str, training: bool, fused_calls: list[Any]) -> None
     original.train(training)
     model, _ = accelerate(copy.deepcopy(original))
     assert_same(model, original, x)
-    normalised = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    by_kernels = fusion.trains(x) and name not in NORMALISED_ELSEWHERE
-    assert bool(fused_calls) == (not training or not normalised or by_kernels)
+    by_batch = training and any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    everywhere = NETWORKS[name][2] > 0 and not by_batch
+    assert bool(fused_calls) == (on_cpu(x) or everywhere)
 
 
 @every_network
 def test_report_names_every_convolution(name: str) -> None:
     model, _ = build(name)
     _, report = accelerate(model)
-    *_, swapped, kept = NETWORKS[name]
-    assert (len(report.swapped), len(report.kept)) == (swapped, kept)
-    convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    assert {*report.swapped, *report.kept} == set(convs)
-    assert all(convs[conv].kernel_size == (3, 3) for conv in report.swapped)
-    for conv, reason in report.kept.items():
-        other = "kernel_size" in reason or "stride" in reason
-        assert other == (convs[conv].kernel_size != (3, 3) or convs[conv].stride != (1, 1))
-        assert other or reason in ("followed by add, not ReLU", "followed by the output, not ReLU")
-    assert f"{swapped} convolutions run on fastunet, {kept} as before" in str(report)
+    *_, swapped, on_cpu, kept = NETWORKS[name]
+    assert (len(report.swapped), len(report.on_cpu), len(report.kept)) == (swapped, on_cpu, kept)
+    kinds = (nn.Conv2d, nn.ConvTranspose2d)
+    convs: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    assert {*report.swapped, *report.on_cpu, *report.kept} == set(convs)
+    sizes = {nn.Conv2d: ((3, 3), (1, 1)), nn.ConvTranspose2d: ((2, 2), (2, 2))}
+    taken = {*report.swapped, *report.on_cpu}
+    for conv, module in convs.items():
+        assert (conv in taken) == ((module.kernel_size, module.stride) == sizes[type(module)])
+    for reason in report.kept.values():
+        assert "kernel_size" in reason or "stride" in reason
+    for reason in report.on_cpu.values():
+        assert "not ReLU" in reason or reason == "no 3x3 convolution is swapped everywhere"
+    assert f"{swapped} convolutions run on fastunet, " in str(report)
+    assert (f"{on_cpu} on the CPU alone, " in str(report)) == (on_cpu > 0)
+    assert f"{kept} as before" in str(report)
 
 
 @every_network
@@ -63,7 +68,7 @@ def test_keys_and_checkpoints_stay(name: str) -> None:
     build(name)[0].load_state_dict(after)
 
 
-@pytest.mark.parametrize("name", ["classic", "path", "monai basic"])
+@pytest.mark.parametrize("name", ["classic", "path", "monai basic", "plain"])
 def test_wrappers(name: str) -> None:
     torch.use_deterministic_algorithms(False)
     original, x = build(name)
@@ -148,7 +153,7 @@ def test_layouts() -> None:
     model, x = build("classic")
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     accelerate(model)
-    in_order = torch.channels_last if fusion.trains() else torch.contiguous_format
+    in_order = torch.channels_last if on_cpu() else torch.contiguous_format
     assert all(conv.weight.is_contiguous(memory_format=in_order) for conv in convs)
     model.eval()
     channels_last = torch.channels_last

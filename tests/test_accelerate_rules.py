@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import accelerate
+from fastunet.ops import folding
+from fastunet.swapped import on_cpu
 
 from .accelerate_cases import assert_same, build, outputs, randomised
 from .accuracy import assert_as_accurate
@@ -27,6 +29,9 @@ class Forward(nn.Module):
         self.norm = nn.BatchNorm2d(4)
         self.relu = nn.ReLU(inplace=True)
         self.pool = nn.MaxPool2d(2)
+        self.by_image = nn.InstanceNorm2d(4, affine=True)
+        self.leaky = nn.LeakyReLU(0.1)
+        self.drop = nn.Dropout(0.5)
         self.flag = True
         self.function = function
 
@@ -106,7 +111,8 @@ UNREAD: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "attribute": (sets_attribute, "it sets attributes"),
     "tensor": (lambda m, x: m.relu(m.conv(x)) * torch.ones(1), "tensors of its own"),
 }
-NOT_FUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+# why a GPU leaves them alone
+ON_CPU: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "used twice": (lambda m, x: (y := m.conv(x)) + torch.relu(y), "its Conv2d is used more"),
     "twice by one": (lambda m, x: (y := m.conv(x)) * y, "its Conv2d is used more"),
     "norm used twice": (
@@ -115,8 +121,96 @@ NOT_FUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     ),
     "changed in place": (lambda m, x: (y := m.conv(x)) + m.relu(y), "its Conv2d is used more"),
     "no ReLU": (lambda m, x: m.conv(x), "followed by the output, not ReLU"),
-    "leaky": (lambda m, x: nn.functional.leaky_relu(m.conv(x)), "followed by leaky_relu"),
-    "two norms": (lambda m, x: m.relu(m.norm(m.norm(m.conv(x)))), "more than one BatchNorm2d"),
+    "leaky": (lambda m, x: nn.functional.leaky_relu(m.conv(x)), "followed by LeakyReLU"),
+    "leaky and pool": (
+        lambda m, x: m.pool(nn.functional.leaky_relu(m.norm(m.conv(x)), 0.2, True)),
+        "followed by LeakyReLU",
+    ),
+    "leaky, changed": (
+        lambda m, x: nn.functional.leaky_relu(m.conv(x), negative_slope=0.3).mul_(2),
+        "followed by LeakyReLU",
+    ),
+    "leaky the other way": (
+        lambda m, x: nn.functional.leaky_relu(m.conv(x), -0.1),
+        "followed by leaky_relu, not ReLU",
+    ),
+    "dropout and no ReLU": (lambda m, x: m.drop(m.conv(x)).tanh(), "followed by tanh, not ReLU"),
+    "two norms": (lambda m, x: m.relu(m.norm(m.norm(m.conv(x)))), "more than one normalisation"),
+    "by image": (lambda m, x: m.pool(m.relu(m.by_image(m.conv(x)))), "followed by InstanceNorm2d"),
+    "by image, leaky, cat": (
+        lambda m, x: m.leaky(m.by_image(m.conv(torch.cat([x[:, :3], x[:, 3:]], 1)))),
+        "followed by InstanceNorm2d",
+    ),
+    "by image and tanh": (lambda m, x: m.by_image(m.conv(x)).tanh(), "followed by tanh, not ReLU"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ON_CPU)
+def test_runs_on_the_cpu(
+    name: str, training: bool, fused_calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folding, "FEW_ELEMENTS", 0)
+    function, reason = ON_CPU[name]
+    original: Any = randomised(Forward(function)).train(training)
+    # batch normalisation that nothing calls would be taken for one of PyTorch's
+    original.norm.training = training and "norm" in function.__code__.co_names
+    # a dropout that drops is the original's
+    original.drop.p = 0.0 if training else 0.5
+    model, report = accelerate(copy.deepcopy(original))
+    assert not report.swapped
+    assert reason in report.on_cpu["conv"]
+    x = torch.randn(2, 4, 18, 14)
+    assert_same(model, original, x)
+    assert bool(fused_calls) == on_cpu(x)
+    fused_calls.clear()
+    x = x.double()
+    torch.testing.assert_close(model.double()(x), original.double()(x))
+    assert not fused_calls
+
+
+def test_norms_alone_run_on_the_cpu(fused_calls: list[Any]) -> None:
+    """In training, so that all of a model can be in channels_last."""
+    original: Any = nn.Sequential(
+        *(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6), nn.LeakyReLU(0.2), nn.Conv2d(6, 4, 1)),
+        *(nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3), nn.InstanceNorm2d(5), nn.ReLU()),
+        *(nn.Conv2d(5, 5, 3, stride=2), nn.InstanceNorm2d(5, affine=True), nn.Tanh()),
+    )
+    randomised(original)
+    model: Any = accelerate(copy.deepcopy(original))[0]
+    x = torch.randn(2, 4, 34, 33)
+    for training in (True, False):
+        assert_same(model.train(training), original.train(training), x)
+        assert model[5].weight.is_contiguous(memory_format=torch.channels_last) == on_cpu(x)
+    unusual = copy.deepcopy(original)
+    unusual[1].momentum = None
+    accelerate(unusual.train())
+    # PyTorch normalises the batch, which it does more accurately in order
+    assert all(parameter.is_contiguous() for parameter in unusual.parameters())
+
+
+def test_up_convolutions() -> None:
+    torch.use_deterministic_algorithms(False)
+    ups: list[tuple[dict[str, Any], str]] = [
+        ({}, ""),
+        ({"bias": False}, ""),
+        ({"kernel_size": 3}, "kernel_size (3, 3)"),
+        ({"stride": 1}, "stride (1, 1)"),
+        ({"padding": 1}, "padding (1, 1)"),
+        ({"output_padding": 1}, "output_padding (1, 1)"),
+        ({"dilation": 2}, "dilation (2, 2)"),
+        ({"groups": 2}, "groups 2"),
+    ]
+    for options, reason in ups:
+        given: dict[str, Any] = {"kernel_size": 2, "stride": 2, **options}
+        original = nn.Sequential(*relu_conv(), nn.ConvTranspose2d(4, 4, **given))
+        model, report = accelerate(copy.deepcopy(original))
+        assert report.kept.get("2", "") == reason
+        assert ("2" in report.swapped) == (not reason)
+        assert_same(model, original, torch.randn(2, 4, 9, 7))
+
+
+NOT_FUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "never called": (lambda m, x: m.relu(m.norm(x)), "no forward that could be read calls it"),
 }
 
@@ -127,6 +221,7 @@ def test_leaves_alone(name: str, fused_calls: list[Any]) -> None:
     original = randomised(Forward(function)).eval()
     model, report = accelerate(copy.deepcopy(original))
     assert not report.swapped
+    assert not report.on_cpu
     assert type(model) is Forward
     assert list(vars(model)) == list(vars(original))
     assert reason in (str(report.notes) if name in UNREAD else report.kept["conv"])
@@ -148,13 +243,19 @@ def test_layers_that_do_not_qualify() -> None:
         (nn.Conv2d(4, 4, 3, padding=2), nn.ReLU(), "padding (2, 2)"),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU(), "padding mode reflect"),
         (Same(4, 4, 3), nn.ReLU(), "a Same is not a plain Conv2d"),
-        (nn.Conv2d(4, 4, 3), nn.ReLU6(), "followed by ReLU6, not ReLU"),
-        (nn.Conv2d(4, 4, 3), nn.InstanceNorm2d(4), "followed by InstanceNorm2d, not ReLU"),
-        (nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), "running statistics"),
     ]
     for conv, after, reason in layers:
         _, report = accelerate(nn.Sequential(conv, after, nn.ReLU()))
         assert reason in report.kept["0"]
+    on_cpu_alone: list[tuple[nn.Module, str]] = [
+        (nn.ReLU6(), "followed by ReLU6, not ReLU"),
+        (nn.InstanceNorm2d(4), "followed by InstanceNorm2d, not ReLU"),
+        (nn.BatchNorm2d(4, track_running_stats=False), "running statistics"),
+        (nn.LeakyReLU(-0.1), "followed by LeakyReLU, not ReLU"),
+    ]
+    for after, reason in on_cpu_alone:
+        _, report = accelerate(nn.Sequential(nn.Conv2d(4, 4, 3), after, nn.ReLU()))
+        assert reason in report.on_cpu["0"]
     _, report = accelerate(nn.Sequential(nn.Conv2d(4, 4, 3, padding="same"), nn.ReLU()))
     assert report.swapped == ("0",)
     _, report = accelerate(nn.Sequential(*relu_conv(), nn.GroupNorm(2, 4)))
@@ -172,7 +273,7 @@ def test_hooks_run(fused_calls: list[Any]) -> None:
             lambda _, __, y, seen=seen: seen.append(y.clone())
         )
         _, report = accelerate(model)
-        assert "hooks" in report.kept["0.0"]
+        assert "hooks" in {**report.kept, **report.on_cpu}["0.0"]
         assert report.swapped == ("1.0",)
         model(x)
         assert torch.equal(seen[0], twin[0][: position + 1](x))

@@ -44,9 +44,9 @@ FASTUNET_INLINE float normalised(Bits x, float mean, float factor, float shift) 
 }
 
 template <typename Bits>
-FASTUNET_INLINE float masked(Bits grad, float y, bool is_masked) {
-  const float given = widened(grad);
-  return (y > 0) | is_masked ? given : 0.0f;
+FASTUNET_INLINE float masked(Bits grad, float y, float negative_slope, bool is_masked) {
+  const float given = widened(grad), below = negative_slope == 0 ? 0.0f : given * negative_slope;
+  return (y > 0) | is_masked ? given : below;
 }
 
 template <typename Float, typename Bits = typename Float::Bits>
@@ -59,12 +59,15 @@ FASTUNET_INLINE Bits relu_of(float value) {
 template <typename Float, typename Bits = typename Float::Bits>
 FASTUNET_INLINE void pixels_of_row(const Bits* x, const Normalisation& norm, Bits* y,
                                    int64_t pixels, int64_t channels) {
-  const float *mean = norm.mean, *factor = norm.factor, *shift = norm.shift;
+  const float *mean = norm.mean, *factor = norm.factor, *shift = norm.shift,
+              negative_slope = norm.negative_slope;
   for (int64_t p = 0; p < pixels; ++p) {
 #pragma GCC ivdep
     for (int64_t k = 0; k < channels; ++k) {
-      y[p * channels + k] =
-          relu_of<Float>(normalised(x[p * channels + k], mean[k], factor[k], shift[k]));
+      const int64_t at = p * channels + k;
+      const float value = normalised(x[at], mean[k], factor[k], shift[k]);
+      const float below = negative_slope == 0 ? 0.0f : value * negative_slope;
+      narrow(value <= 0 ? below : value, y + at);
     }
   }
 }
@@ -120,15 +123,16 @@ void statistics(const double* parts, int64_t pixels, int64_t channels, float* me
 }
 
 template <typename Float>
-FASTUNET_VECTORIZED_WIDE void norm_relu(const typename Float::Bits* x, const Normalisation& norm,
+FASTUNET_VECTORIZED_WIDE void norm_relu(const typename Float::Bits* x, const Normalisation& all,
                                         typename Float::Bits* y, typename Float::Bits* pooled,
                                         const Images& images, int64_t begin, int64_t end) {
   using Bits = typename Float::Bits;
   const int64_t row = images.row(), channels = images.channels, columns = images.width / 2;
-  // a struct's pointers would be loaded anew for each channel
-  const float *mean = norm.mean, *factor = norm.factor, *shift = norm.shift;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / images.row_pairs(), pair = task % images.row_pairs();
+    const Normalisation norm = all.of(image);
+    // a struct's pointers would be loaded anew for each channel
+    const float *mean = norm.mean, *factor = norm.factor, *shift = norm.shift;
     const int64_t start = (image * images.height + 2 * pair) * row;
     const bool whole = 2 * pair + 1 < images.height;
     if (pooled == nullptr || !whole) {
@@ -166,11 +170,12 @@ FASTUNET_VECTORIZED_WIDE void gradient_sums(const typename Float::Bits* grad,
                                             const typename Float::Bits* x,
                                             const Normalisation& norm, bool is_masked,
                                             int64_t pixels, int64_t channels, double* result) {
-  const float *mean = norm.mean, *factor = norm.factor, *shift = norm.shift;
+  const float *mean = norm.mean, *factor = norm.factor, *shift = norm.shift,
+              negative_slope = norm.negative_slope;
   std::fill_n(result, 2 * channels, 0.0);
   add_runs<2>(pixels, channels, result, [&](int64_t k, int64_t at, float* terms) FASTUNET_INLINED {
     const float y = normalised(x[at], mean[k], factor[k], shift[k]);
-    terms[0] = masked(grad[at], y, is_masked);
+    terms[0] = masked(grad[at], y, negative_slope, is_masked);
     terms[1] = terms[0] * (widened(x[at]) - mean[k]);
   });
 }
@@ -182,13 +187,14 @@ FASTUNET_VECTORIZED_WIDE void norm_relu_bwd(const typename Float::Bits* grad,
                                             const float* slope, const float* offset,
                                             typename Float::Bits* grad_x, int64_t pixels,
                                             int64_t channels) {
-  const float *mean = norm.mean, *factor = norm.factor, *shift = norm.shift;
+  const float *mean = norm.mean, *factor = norm.factor, *shift = norm.shift,
+              negative_slope = norm.negative_slope;
   for (int64_t p = 0; p < pixels; ++p) {
 #pragma GCC ivdep
     for (int64_t k = 0; k < channels; ++k) {
       const int64_t at = p * channels + k;
       const float y = normalised(x[at], mean[k], factor[k], shift[k]);
-      const float given = masked(grad[at], y, is_masked);
+      const float given = masked(grad[at], y, negative_slope, is_masked);
       narrow(given * factor[k] - (widened(x[at]) - mean[k]) * slope[k] - offset[k], grad_x + at);
     }
   }

@@ -48,15 +48,17 @@ def conv_relu_pair(
 def conv_norm_relu(
     x: Tensor,
     conv: nn.Conv2d,
-    norm: nn.BatchNorm2d,
+    norm: nn.Module | None,
     *,
+    negative_slope: float = 0.0,
     skip: Tensor | None = None,
     pool: bool = False,
 ) -> Any:
     """As ``fastunet.ops.conv_norm_relu``, one after the other."""
     source = x if skip is None else crop_concat(skip, x)
     y = F.conv2d(source, conv.weight, conv.bias, padding=conv.padding)
-    y = F.relu(norm(y), inplace=True)
+    y = y if norm is None else norm(y)
+    y = F.leaky_relu(y, negative_slope, inplace=True) if negative_slope else F.relu(y, inplace=True)
     return (y, F.max_pool2d(y, 2)) if pool else y
 
 

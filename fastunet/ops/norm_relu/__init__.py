@@ -1,5 +1,5 @@
-"""Batch normalisation by the batch's own statistics, ReLU and pooled copy."""
+"""Normalisation by the statistics of the batch or of each image, ReLU and pooled copy."""
 
-from .op import norm_relu, unsupported
+from .op import Norm, norm_relu, unsupported, why_not
 
-__all__ = ["norm_relu", "unsupported"]
+__all__ = ["Norm", "norm_relu", "unsupported", "why_not"]

@@ -1,6 +1,6 @@
 """``norm_relu``: schema, the CPU's kernels, autograd, running statistics."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,30 +10,44 @@ from .._library import LIBRARY
 from .reference import norm_relu_bwd_reference, norm_relu_reference
 
 LIBRARY.define(
-    "norm_relu(Tensor x, Tensor? weight, Tensor? bias, float eps, bool pool) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "norm_relu(Tensor x, Tensor? weight, Tensor? bias, float eps, float negative_slope, "
+    "bool by_image, bool pool) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "norm_relu_bwd(Tensor grad_y, Tensor? grad_pooled, Tensor y, Tensor x, Tensor? weight, "
-    "Tensor? bias, Tensor mean, Tensor var, float eps, bool[3] needed) "
-    "-> (Tensor, Tensor, Tensor)"
+    "Tensor? bias, Tensor mean, Tensor var, float eps, float negative_slope, bool by_image, "
+    "bool[3] needed) -> (Tensor, Tensor, Tensor)"
 )
 # on the CPU, of images as [B, H, W, C]
 LIBRARY.define(
-    "norm_relu_pixels(Tensor x, Tensor? weight, Tensor? bias, float eps, bool pool) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "norm_relu_pixels(Tensor x, Tensor? weight, Tensor? bias, float eps, float negative_slope, "
+    "bool by_image, bool pool) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "norm_relu_pixels_bwd(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, "
-    "Tensor var, float eps, bool is_masked, bool need_x) -> (Tensor, Tensor, Tensor)"
+    "Tensor var, float eps, float negative_slope, bool by_image, bool is_masked, bool need_x) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
+
+Norm = nn.BatchNorm2d | nn.InstanceNorm2d
 
 # over all images: for more, PyTorch's statistics of channels_last images are less accurate
 FEW_PIXELS = 256
 
 
-def unsupported(x: Tensor, norm: nn.BatchNorm2d) -> str | None:
+def why_not(norm: nn.Module) -> str | None:
+    """Why no kernel does what ``norm`` does with any images, or None."""
+    if type(norm) not in get_args(Norm):
+        return f"a {type(norm).__name__} is no plain BatchNorm2d or InstanceNorm2d"
+    if type(norm) is nn.InstanceNorm2d:
+        return "it tracks statistics of images" if norm.track_running_stats else None
+    if norm.track_running_stats and norm.momentum is None:
+        return "its running statistics are those of all batches"
+    return None
+
+
+def unsupported(x: Tensor, norm: nn.Module) -> str | None:
     """Why the CPU's kernels do not take the normalisation of ``x``, or None."""
     if EXTENSION_MISSING:
         return EXTENSION_MISSING
@@ -43,19 +57,26 @@ def unsupported(x: Tensor, norm: nn.BatchNorm2d) -> str | None:
         return f"{x.dtype} is not float32 or bfloat16"
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "the images are not in channels_last"
-    if x.numel() <= FEW_PIXELS * x.shape[1]:
+    by_image = isinstance(norm, nn.InstanceNorm2d)
+    pixels = x.shape[2] * x.shape[3] * (1 if by_image else x.shape[0])
+    if x.numel() == 0 or pixels <= (1 if by_image else FEW_PIXELS):
         return "for so few pixels PyTorch's is as accurate, and as fast"
-    if type(norm) is not nn.BatchNorm2d or (norm.track_running_stats and norm.momentum is None):
-        return "it is no plain BatchNorm2d with a momentum"
-    return None
+    return why_not(norm)
 
 
 def _norm_relu_cpu(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pool: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    negative_slope: float,
+    by_image: bool,
+    pool: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``norm_relu_reference``."""
-    pixels = x.permute(0, 2, 3, 1)
-    y, pooled, mean, var = torch.ops.fastunet.norm_relu_pixels(pixels, weight, bias, eps, pool)
+    y, pooled, mean, var = torch.ops.fastunet.norm_relu_pixels(
+        x.permute(0, 2, 3, 1), weight, bias, eps, negative_slope, by_image, pool
+    )
     return y.permute(0, 3, 1, 2), pooled.permute(0, 3, 1, 2) if pool else pooled, mean, var
 
 
@@ -69,6 +90,8 @@ def _norm_relu_bwd_cpu(
     mean: Tensor,
     var: Tensor,
     eps: float,
+    negative_slope: float,
+    by_image: bool,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``norm_relu_bwd_reference``."""
@@ -79,7 +102,7 @@ def _norm_relu_bwd_cpu(
         grad = torch.ops.fastunet.relu_pool_bwd(grad, of_pooled, y.permute(0, 2, 3, 1))
     need_x, need_weight, need_bias = needed
     grad_x, grad_weight, grad_bias = torch.ops.fastunet.norm_relu_pixels_bwd(
-        grad, pixels, weight, bias, mean, var, eps, is_masked, need_x
+        grad, pixels, weight, bias, mean, var, eps, negative_slope, by_image, is_masked, need_x
     )
     empty = x.new_empty(0)
     return (
@@ -98,7 +121,7 @@ for _name, _reference, _kernel in (
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, ctx.eps, ctx.pool = inputs
+    x, weight, bias, *ctx.options, ctx.pool = inputs
     y, _, mean, var = output
     # without pooling the mask is made from x anew
     ctx.save_for_backward(y if ctx.pool else x, x, weight, bias, mean, var)
@@ -109,28 +132,34 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[:3])
     grads = torch.ops.fastunet.norm_relu_bwd(
-        grad_y, grad_pooled if ctx.pool else None, *ctx.saved_tensors, ctx.eps, needed
+        grad_y, grad_pooled if ctx.pool else None, *ctx.saved_tensors, *ctx.options, needed
     )
     given = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-    return (*given, None, None)
+    return (*given, None, None, None, None)
 
 
 torch.library.register_autograd("fastunet::norm_relu", _backward, setup_context=_save, lib=LIBRARY)
 _OPERATOR = torch.ops.fastunet.norm_relu.default
 
 
-def norm_relu(x: Tensor, norm: nn.BatchNorm2d, *, pool: bool = False) -> Any:
-    """``relu(norm(x))`` by the statistics of the batch, which the running ones follow.
+def norm_relu(x: Tensor, norm: Norm, *, negative_slope: float = 0.0, pool: bool = False) -> Any:
+    """``leaky_relu(norm(x), negative_slope)`` by the statistics of the batch, or of each image.
+
+    The running statistics of a batch normalisation follow.
 
     Args:
         x: [B, C, H, W] for which nothing is ``unsupported``.
         norm: holds the weights, and running statistics unless it tracks none.
-        pool: also return the 2x2 max-pooled output.
+        negative_slope: the slope below zero; 0 for ReLU, 1 for the normalised values as they are.
+        pool: also return the 2x2 max-pooled output; with ``negative_slope`` 0.
     Returns: [B, C, H, W] of ``x``'s dtype; with ``pool`` a pair of that and its pooled copy.
     """
-    y, pooled, mean, var = _OPERATOR(x, norm.weight, norm.bias, norm.eps, pool)
-    if norm.training and norm.track_running_stats:
-        _follow(norm, mean, var, x.numel() // x.shape[1])
+    by_image = isinstance(norm, nn.InstanceNorm2d)
+    y, pooled, mean, var = _OPERATOR(
+        x, norm.weight, norm.bias, norm.eps, negative_slope, by_image, pool
+    )
+    if isinstance(norm, nn.BatchNorm2d) and norm.training and norm.track_running_stats:
+        _follow(norm, mean[0], var[0], x.numel() // x.shape[1])
     return (y, pooled) if pool else y
 
 
