@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "cpu/conv_amx.h"
+#include "cpu/grad_weight_amx.h"
 #include "ops.h"
 
 namespace fastunet {
@@ -140,6 +141,36 @@ Tensor conv_grad_amx(const Tensor& grad, const Tensor& weight, int64_t padding,
   return grad_x;
 }
 
+// The gradients of the weights, [C_out, 3, 3, C], and of the bias.
+std::tuple<Tensor, Tensor> grad_weight_amx(const Tensor& grad, const Tensor& x, int64_t padding) {
+  check_padding(padding);
+  cpu::GradWeightAmx work = {};
+  work.x = pixels(x, "x");
+  work.grad = pixels(grad, "grad");
+  work.images = x.size(0);
+  work.height = x.size(2);
+  work.width = x.size(3);
+  work.padding = padding;
+  STD_TORCH_CHECK(grad.size(0) == work.images && grad.size(2) == work.out_height() &&
+                      grad.size(3) == work.out_width(),
+                  "conv_amx: grad must be [", work.images, ", C_out, ", work.out_height(), ", ",
+                  work.out_width(), "]");
+  const int64_t c_out = grad.size(1);
+  const Tensor weight = new_empty(x, {c_out, 3, 3, x.size(1)}), bias = new_empty(x, {c_out});
+  work.weight = mutable_bits(weight);
+  work.bias = mutable_bits(bias);
+  const cpu::GradWeightTasks tasks(work, torch::stable::get_num_threads());
+  const Tensor sums = new_empty(x, {tasks.parts, tasks.part_sums}, ScalarType::Float);
+  float* const sums_data = sums.mutable_data_ptr<float>();
+  parallel_for(0, tasks.parts * tasks.channel_parts, 1, [&](int64_t begin, int64_t end) {
+    cpu::grad_weight_amx(work, tasks, begin, end, sums_data);
+  });
+  parallel_for(0, work.out_blocks(), 1, [&](int64_t begin, int64_t end) {
+    cpu::add_parts(work, tasks, sums_data, begin, end);
+  });
+  return {weight, bias};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastunet, CompositeExplicitAutograd, m) {
@@ -149,6 +180,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastunet, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastunet, CPU, m) {
   m.impl("conv_relu_amx", TORCH_BOX(&conv_relu_amx));
   m.impl("conv_grad_amx", TORCH_BOX(&conv_grad_amx));
+  m.impl("grad_weight_amx", TORCH_BOX(&grad_weight_amx));
 }
 
 }  // namespace fastunet

@@ -6,12 +6,8 @@
 #include "kept_memory.h"
 #include "vectorize.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && \
-    (defined(__clang__) || __GNUC__ >= 11)
-#define FASTUNET_AMX \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
+#ifdef FASTUNET_AMX
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -25,15 +21,10 @@ constexpr int64_t kRows = 4;
 constexpr int64_t kTaps = 3;
 // rows and columns of input beyond those of output
 constexpr int64_t kHalo = 2;
-// bytes of a tile, and of one of its rows
-constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kLineBytes = 64;
 // of a band's copy: it and the weights of 32 output channels stay in the second cache
 constexpr int64_t kBandBytes = 768 << 10;
 // to pack weights once for each takes less than to write them to memory
 constexpr int64_t kFewBands = 2;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
@@ -66,31 +57,6 @@ bool ask_for_amx() {
   if (!(d & kAmxBf16) || !(d & kAmxTile) || !__builtin_cpu_supports("avx512bf16")) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
-// Transposes 16 x 16 values of 32 bits.
-FASTUNET_AMX void transpose(__m512i (&rows)[16]) {
-  __m512i half[16];
-  for (int k = 0; k < 16; k += 2) {
-    half[k] = _mm512_unpacklo_epi32(rows[k], rows[k + 1]);
-    half[k + 1] = _mm512_unpackhi_epi32(rows[k], rows[k + 1]);
-  }
-  for (int k = 0; k < 16; k += 4) {
-    rows[k] = _mm512_unpacklo_epi64(half[k], half[k + 2]);
-    rows[k + 1] = _mm512_unpackhi_epi64(half[k], half[k + 2]);
-    rows[k + 2] = _mm512_unpacklo_epi64(half[k + 1], half[k + 3]);
-    rows[k + 3] = _mm512_unpackhi_epi64(half[k + 1], half[k + 3]);
-  }
-  for (int k = 0; k < 4; ++k) {
-    half[k] = _mm512_shuffle_i32x4(rows[k], rows[k + 4], 0x88);
-    half[k + 4] = _mm512_shuffle_i32x4(rows[k], rows[k + 4], 0xdd);
-    half[k + 8] = _mm512_shuffle_i32x4(rows[k + 8], rows[k + 12], 0x88);
-    half[k + 12] = _mm512_shuffle_i32x4(rows[k + 8], rows[k + 12], 0xdd);
-  }
-  for (int k = 0; k < 8; ++k) {
-    rows[k] = _mm512_shuffle_i32x4(half[k], half[k + 8], 0x88);
-    rows[k + 8] = _mm512_shuffle_i32x4(half[k], half[k + 8], 0xdd);
-  }
 }
 
 // Arranges up to 16 output x 32 input channels as a tile takes them: by pairs of input channels.
@@ -280,22 +246,6 @@ FASTUNET_AMX FASTUNET_INLINE void finish(const float* sums, const ConvAmx& conv,
   }
 }
 
-struct alignas(kLineBytes) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-
-  // Tile 7 holds weights, the others as many pixels.
-  explicit TileConfig(int64_t pixels) {
-    for (int tile = 0; tile < 8; ++tile) {
-      row_bytes[tile] = kLineBytes;
-      rows[tile] = static_cast<uint8_t>(tile == 7 ? 16 : pixels);
-    }
-  }
-};
-
 // Computes rows [first, first + rows) of blocks [begin, end) of 32 output channels.
 FASTUNET_AMX void convolve(const ConvAmx& conv, const Band& band, int64_t image, int64_t first,
                            int64_t rows, int64_t begin, int64_t end) {
@@ -311,6 +261,7 @@ FASTUNET_AMX void convolve(const ConvAmx& conv, const Band& band, int64_t image,
       const int64_t left = strip ? whole : 0, right = strip ? width : whole;
       const int64_t columns = strip ? width - whole : kPixels;
       if (left == right) continue;
+      // of weights, and as many pixels in each other
       const TileConfig config(columns);
       _tile_loadconfig(&config);
       for (int64_t i = 0; i < rows; i += kRows) {

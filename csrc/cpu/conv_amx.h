@@ -7,22 +7,12 @@
 
 #include <cstdint>
 
-namespace fastunet::cpu {
+#include "amx.h"
 
-// bfloat16 as its bits
-using Bits16 = uint16_t;
+namespace fastunet::cpu {
 
 // Whether the processor has AMX for bfloat16 and the system lets this process use it.
 bool has_amx();
-
-// An image tensor, [B, H, W, C] with any strides but 1 between channels.
-struct Pixels {
-  const Bits16* data;
-  int64_t channels;
-  int64_t image_stride;
-  int64_t row_stride;
-  int64_t column_stride;
-};
 
 // A convolution's weights, [C_out, taps, C_in].
 struct Weights {

@@ -20,6 +20,7 @@ LIBRARY.define(
     "bool relu=True) -> (Tensor, Tensor)"
 )
 LIBRARY.define("conv_grad_amx(Tensor grad, Tensor weight, int padding, Tensor? mask) -> Tensor")
+LIBRARY.define("grad_weight_amx(Tensor grad, Tensor x, int padding) -> (Tensor, Tensor)")
 
 # with fewer input channels most of a tile is empty
 FEW_CHANNELS = 8
@@ -27,12 +28,17 @@ FEW_CHANNELS = 8
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
     """Why AMX cannot take a convolution of ``x``, or None."""
+    if x.shape[1] < FEW_CHANNELS:
+        return f"fewer than {FEW_CHANNELS} channels"
+    return unsupported_grad_weight(x, weight)
+
+
+def unsupported_grad_weight(x: Tensor, weight: Tensor) -> str | None:
+    """Why AMX cannot take the gradient of ``weight``, or None."""
     if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return f"{x.dtype} is not bfloat16"
     if min(x.numel(), weight.numel()) == 0:
         return "there are no pixels or channels"
-    if x.shape[1] < FEW_CHANNELS:
-        return f"fewer than {FEW_CHANNELS} channels"
     return why_not_here()
 
 
@@ -67,6 +73,16 @@ def conv_grad(grad: Tensor, weight: Tensor, padding: int, mask: Tensor | None) -
     mask = None if mask is None else mask.permute(0, 2, 3, 1).contiguous()
     grad, weight = _channels_last(grad), _channels_last(weight)
     return _images(torch.ops.fastunet.conv_grad_amx(grad, weight, padding, mask))
+
+
+def grad_weight(grad: Tensor, x: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+    """The gradients of a convolution's weights, in channels_last, and of its bias.
+
+    Where a pixel is not finite all nine taps are NaN.
+    """
+    grad, x = _channels_last(grad), _channels_last(x)
+    weight, bias = torch.ops.fastunet.grad_weight_amx(grad, x, padding)
+    return _images(weight), bias
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

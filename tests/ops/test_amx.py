@@ -88,6 +88,60 @@ def test_conv_grad(shape: tuple[int, ...], masked: bool, threads: int) -> None:
     assert_as_accurate(got, eager, exact)
 
 
+# also the image itself, bands that end within an image, and one over several images
+GRAD_SHAPES = [
+    *SHAPES,
+    (2, 0, 1, 64, 90, 91, 0),
+    (3, 0, 3, 7, 120, 101, 1),
+    (4, 0, 40, 33, 6, 5, 1),
+]
+
+
+@pytest.mark.parametrize("shape", GRAD_SHAPES)
+def test_grad_weight(shape: tuple[int, ...], threads: int) -> None:
+    b, _, c, c_out, h, w, padding = shape
+    x, weight = images(b, c, h, w), weights(c_out, c)
+    grad = images(b, c_out, h + 2 * padding - 2, w + 2 * padding - 2)
+    (_, eager, _), (_, exact, of_bias) = (
+        torch.ops.aten.convolution_backward(
+            g, i, k, [c_out], [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [False, True, True]
+        )
+        for g, i, k in ((grad, x, weight), (grad.double(), x.double(), weight.double()))
+    )
+    got, bias = _amx.grad_weight(grad, x, padding)
+    assert got.is_contiguous(memory_format=LAST)
+    assert_as_accurate(got, eager, exact)
+    assert_as_accurate(bias, grad.sum((0, 2, 3)), of_bias)
+
+
+def test_grad_weight_of_large_values_and_parts() -> None:
+    """Sums of parts, of channels that fill no tile, where a single wrong pixel is seen."""
+    x, grad = images(2, 17, 150, 149), images(2, 47, 148, 147)
+    x, grad = (x > 0).bfloat16(), (grad > 0).bfloat16()
+    got, bias = _amx.grad_weight(grad, x, 0)
+    exact = torch.ops.aten.convolution_backward(
+        grad.float(), x.float(), weights(47, 17).float(), None, [1, 1], [0, 0], [1, 1], False,
+        [0, 0], 1, [False, True, False],
+    )[1]  # fmt: skip
+    # counts, which float32 holds exactly
+    assert torch.equal(got, exact.bfloat16())
+    assert torch.equal(bias, grad.float().sum((0, 2, 3)).bfloat16())
+
+
+@pytest.mark.parametrize("shape", GRAD_SHAPES)
+def test_threads_change_no_bit_of_grad_weight(shape: tuple[int, ...]) -> None:
+    b, _, c, c_out, h, w, padding = shape
+    x = images(b, c, h, w)
+    grad = images(b, c_out, h + 2 * padding - 2, w + 2 * padding - 2)
+    before, results = torch.get_num_threads(), []
+    for number in (1, 3, 8):
+        torch.set_num_threads(number)
+        results.append(_amx.grad_weight(grad, x, padding))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_threads_change_no_bit(shape: tuple[int, ...]) -> None:
     b, c_crop, c, c_out, h, w, padding = shape
@@ -128,6 +182,8 @@ def test_strides(view: Callable[[Tensor], Tensor]) -> None:
         got, want = (_amx.conv_relu(i, None, k, None, 0, False)[0] for i in (x, dense))
         assert torch.equal(got, want)
         assert_as_accurate(got, conv_relu(dense, k), conv_relu(dense.double(), k.double()))
+    for grads, given in (((x, dense), images(2, 7, 9, 20)), ((dense,) * 2, x)):
+        assert all(map(torch.equal, *(_amx.grad_weight(grad, given, 1) for grad in grads)))
 
 
 def test_rejects() -> None:
@@ -146,6 +202,11 @@ def test_rejects() -> None:
         ("have pixels", operators.conv_relu_amx, (x[:0], None, weight, bias, 0, False)),
         ("weight must", operators.conv_grad_amx, (x, weight, 0, None)),
         ("mask must", operators.conv_grad_amx, (x[:, :16], weight, 1, x)),
+        ("grad must be", operators.grad_weight_amx, (x, x, 0)),
+        ("grad must be", operators.grad_weight_amx, (images(2, 8, 8, 8), x, 1)),
+        ("bfloat16 of rank 4", operators.grad_weight_amx, (x, x.float(), 1)),
+        ("have pixels", operators.grad_weight_amx, (x[..., :0], x[..., :2], 0)),
+        ("padding must", operators.grad_weight_amx, (x, x, 2)),
     ]
     for message, operator, arguments in calls:
         with pytest.raises(RuntimeError, match=message):
@@ -159,3 +220,13 @@ def test_check_can_fail() -> None:
     swapped[:, :, 0, 0], swapped[:, :, 0, 1] = weight[:, :, 0, 1], weight[:, :, 0, 0]
     with pytest.raises(AssertionError, match="error"):
         assert_as_accurate(_amx.conv_relu(x, None, swapped, None, 0, False)[0], eager, exact)
+    grad = images(1, 32, 10, 22)
+    exact, eager = (
+        torch.ops.aten.convolution_backward(
+            *given, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
+        )[1]
+        for given in ((grad.double(), x.double(), weight.double()), (grad, x, weight))
+    )
+    grad[0, 0, 9, 21] += 1
+    with pytest.raises(AssertionError, match="error"):
+        assert_as_accurate(_amx.grad_weight(grad, x, 0)[0], eager, exact)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastunet
-from fastunet.ops import _library, eager
+from fastunet.ops import _amx, _library, eager
 from fastunet.ops.conv_relu import onednn, op
 
 from ..accuracy import assert_as_accurate
@@ -136,6 +136,7 @@ def test_weight_gradient_by_products(
     assert onednn.products_pay(torch.empty(1, 1024, 30, 30), torch.empty(1024, 1024, 3, 3), dtype)
     monkeypatch.setattr(onednn, "FEWEST_PAIRS", dict.fromkeys(DTYPES, 0))
     monkeypatch.setattr(onednn, "PAIRS_PER_PIXEL", 0)
+    monkeypatch.setattr(_amx, "why_not_here", lambda: "as elsewhere")
     products, calls = onednn._products_grad_weight, []
 
     def noted(*arguments: Any) -> Tensor:
@@ -145,6 +146,15 @@ def test_weight_gradient_by_products(
     monkeypatch.setattr(onednn, "_products_grad_weight", noted)
     test_backward(shape, dtype, False, torch.channels_last, torch.device("cpu"))
     assert calls
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_without_amx(
+    shape: tuple[int, ...], pool: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_amx, "why_not_here", lambda: "as elsewhere")
+    test_backward(shape, torch.bfloat16, pool, torch.channels_last, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("pool", [False, True])

@@ -197,6 +197,11 @@ def _gradients(
     grad_x = grad_weight = grad_bias = x.new_empty(0)
     if need_x and not _amx.unsupported(grad, weight):
         grad_x, need_x = _amx.conv_grad(grad, weight, padding, mask), False
+    if need_weight and not _amx.unsupported_grad_weight(x, weight):
+        of_weight, of_bias = _amx.grad_weight(grad, x, padding)
+        grad_weight, need_weight = laid_out_like(of_weight, weight), False
+        if need_bias:
+            grad_bias, need_bias = of_bias, False
     # the image itself needs no gradient
     few_channels = x.shape[1] < FEW_CHANNELS and not need_x and need_bias
     if need_weight and (few_channels or products_pay(x, weight, x.dtype)):

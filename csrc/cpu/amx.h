@@ -1,0 +1,78 @@
+// What the kernels on AMX's matrix tiles share.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && \
+    (defined(__clang__) || __GNUC__ >= 11)
+#define FASTUNET_AMX \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
+#include <immintrin.h>
+#endif
+
+namespace fastunet::cpu {
+
+// bfloat16 as its bits
+using Bits16 = uint16_t;
+
+// bytes of a tile, and of one of its rows
+constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kLineBytes = 64;
+
+// An image tensor, [B, H, W, C] with any strides but 1 between channels.
+struct Pixels {
+  const Bits16* data;
+  int64_t channels;
+  int64_t image_stride;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#ifdef FASTUNET_AMX
+
+struct alignas(kLineBytes) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  // Tile 7 has 16 rows, the others so many.
+  explicit TileConfig(int64_t others) {
+    for (int tile = 0; tile < 8; ++tile) {
+      row_bytes[tile] = kLineBytes;
+      rows[tile] = static_cast<uint8_t>(tile == 7 ? 16 : others);
+    }
+  }
+};
+
+// Transposes 16 x 16 values of 32 bits.
+FASTUNET_AMX inline void transpose(__m512i (&rows)[16]) {
+  __m512i half[16];
+  for (int k = 0; k < 16; k += 2) {
+    half[k] = _mm512_unpacklo_epi32(rows[k], rows[k + 1]);
+    half[k + 1] = _mm512_unpackhi_epi32(rows[k], rows[k + 1]);
+  }
+  for (int k = 0; k < 16; k += 4) {
+    rows[k] = _mm512_unpacklo_epi64(half[k], half[k + 2]);
+    rows[k + 1] = _mm512_unpackhi_epi64(half[k], half[k + 2]);
+    rows[k + 2] = _mm512_unpacklo_epi64(half[k + 1], half[k + 3]);
+    rows[k + 3] = _mm512_unpackhi_epi64(half[k + 1], half[k + 3]);
+  }
+  for (int k = 0; k < 4; ++k) {
+    half[k] = _mm512_shuffle_i32x4(rows[k], rows[k + 4], 0x88);
+    half[k + 4] = _mm512_shuffle_i32x4(rows[k], rows[k + 4], 0xdd);
+    half[k + 8] = _mm512_shuffle_i32x4(rows[k + 8], rows[k + 12], 0x88);
+    half[k + 12] = _mm512_shuffle_i32x4(rows[k + 8], rows[k + 12], 0xdd);
+  }
+  for (int k = 0; k < 8; ++k) {
+    rows[k] = _mm512_shuffle_i32x4(half[k], half[k + 8], 0x88);
+    rows[k + 8] = _mm512_shuffle_i32x4(half[k], half[k + 8], 0xdd);
+  }
+}
+
+#endif
+
+}  // namespace fastunet::cpu
