@@ -152,11 +152,12 @@ def trainable_norms(graph: fx.Graph, root: nn.Module) -> set[nn.Module]:
     modules = dict(root.named_modules())
     found: set[nn.Module] = set()
     for node in graph.nodes:
-        steps = {run: lambda args: args[3], run_norm: lambda args: args[1:2]}.get(node.target)
-        if steps is not None:
-            parts = [modules[str(step.target)] for step in steps(node.args)]
-            if not any(map(drops, parts)):
-                found |= {part for part in parts if not norm_relu.why_not(part)}
+        if node.target not in (run, run_norm):
+            continue
+        steps = node.args[3] if node.target is run else node.args[1:2]
+        parts = [modules[str(step.target)] for step in steps]
+        if not any(map(drops, parts)):
+            found |= {part for part in parts if not norm_relu.why_not(part)}
     return found
 
 
