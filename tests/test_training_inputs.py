@@ -194,3 +194,33 @@ def disk() -> Iterator[Callable[[int], None]]:
         yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_starts_from_a_checkpoint(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert call(*arguments(folders, first, "--dropout", "0.25")) == 0
+    started = ["train", "--images", folders[0], "--labels", folders[1], "--tile", "60", "--quiet"]
+    started += ["--init", first / LAST]
+    # a step that changes nothing shows what was started from
+    still = [*started, "--output", second, "--steps", "1", "--lr", "1e-30", "--seed", "7"]
+    assert call(*still) == 0
+    was, now = (load_checkpoint(folder / LAST)[0] for folder in (first, second))
+    assert now.config == was.config
+    for key, value in was.state_dict().items():
+        torch.testing.assert_close(now.state_dict()[key], value)
+    capsys.readouterr()
+    third = tmp_path / "third"
+    for more, message in (
+        (["--widths", "4,8"], "--widths and --init do not go together"),
+        (["--norm", "none"], "--norm and --init do not go together"),
+        (
+            ["--label-kind", "classes", "--classes", "4"],
+            "last.safetensors: has 2 classes, the data 4",
+        ),
+        (["--init", tmp_path / "none.safetensors"], "none.safetensors"),
+    ):
+        assert call(*started, "--output", third, *more) == 2
+        assert message in one_line(capsys)
+        assert not third.exists()

@@ -26,8 +26,13 @@ defaults = Config()
 drawn = Augmentation()
 
 
+# options of the network, which a checkpoint brings along
+NETWORK = ("widths", "padding", "norm", "up", "dropout", "variant")
+
+
 @app.command()
 def train(
+    context: typer.Context,
     images: Images,
     labels: Labels,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/unet"),
@@ -56,6 +61,10 @@ def train(
     variant: Annotated[
         Literal["paper", "release"], typer.Option(help="release is the authors' published one.")
     ] = "paper",
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint to start from: its network and weights, not its run."),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = defaults.steps,
     batch: Annotated[int, typer.Option(help="Tiles a step, of all processes.")] = defaults.batch,
     accumulate: Annotated[
@@ -138,6 +147,7 @@ def train(
     import torch
 
     from .. import distributed, sampling
+    from ..checkpoint import load_model
     from ..data import load_sections
     from ..train import BEST, fit
     from ..unet import UNet
@@ -177,6 +187,10 @@ def train(
     if (folds is None) != (fold is None) or (folds is not None and val_sections):
         raise ValueError("--folds and --fold go together, and without --val-sections")
 
+    given = [name for name in NETWORK if str(context.get_parameter_source(name)).endswith("LINE")]
+    if init is not None and given:
+        raise ValueError(f"--{given[0]} and --init do not go together: {init} has its own")
+
     def load(chosen: str | None) -> Any:
         return load_sections(
             images,
@@ -195,17 +209,31 @@ def train(
         if folds is not None and fold is not None:
             training, validation = sampling.fold(training, folds, fold)
         torch.manual_seed(seed)
-        model = UNet(
-            training[0].image.shape[0],
-            classes,
-            widths=integers("--widths", widths),
-            padding=padding,
-            norm=None if norm == "none" else norm,
-            up=up,
-            dropout=dropout,
-            variant=variant,
-            recompute=recompute or None,
-        ).to(target)
+        channels = training[0].image.shape[0]
+
+        def network() -> UNet:
+            if init is None:
+                return UNet(
+                    channels,
+                    classes,
+                    widths=integers("--widths", widths),
+                    padding=padding,
+                    norm=None if norm == "none" else norm,
+                    up=up,
+                    dropout=dropout,
+                    variant=variant,
+                    recompute=recompute or None,
+                )
+            started = load_model(init, recompute=recompute or None)
+            for what, has, want in (
+                ("channels", started.in_channels, channels),
+                ("classes", started.n_classes, classes),
+            ):
+                if has != want:
+                    raise ValueError(f"{init}: has {has} {what}, the data {want}")
+            return started.train()
+
+        model = distributed.agree(network).to(target)
         outcome = fit(
             model,
             training,
