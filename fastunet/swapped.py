@@ -99,14 +99,13 @@ def run(
         x.ndim == 4
         and (skip is None or skip.shape[2:] == x.shape[2:])
         and not why_not(conv)
-        and slope is not None
         and (pool is None or is_pool(pool))
         and len(norms) <= 1
         and all(type(each) in BETWEEN and not has_hooks(each) for each in between)
         and not any(each.training and drops(each) for each in between)
         and (on_cpu(x) or not why_not_everywhere(norms, slope))
     )
-    if serves and slope is not None:
+    if slope is not None and serves:
         x, norm = x.contiguous(memory_format=torch.channels_last), norms[0] if norms else None
         return conv_norm_relu(x, conv, norm, negative_slope=slope, skip=skip, pool=pooled)
     y = conv(x if skip is None else torch.cat([skip, x], 1))

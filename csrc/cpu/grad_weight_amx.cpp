@@ -30,7 +30,7 @@ constexpr int64_t kAhead = 2048;
 
 GradWeightTasks::GradWeightTasks(const GradWeightAmx& of, int64_t threads) {
   const int64_t pixel_bytes = kLineBytes * (std::min(kTogether, of.out_blocks()) + 1);
-  const int64_t rows = of.images * of.image_rows() - 2;
+  const int64_t rows = of.rows();
   band_rows = std::clamp<int64_t>(kBandBytes / pixel_bytes / of.pitch(), 1, rows);
   // as high as each other
   band_rows = ceil_div(rows, ceil_div(rows, band_rows));
@@ -320,14 +320,19 @@ FASTUNET_AMX void write_block(const GradWeightAmx& of, int64_t block, int64_t in
   }
 }
 
+// Where the sums of a block of output channels and one of channels are in a part, behind the
+// bias's.
+int64_t block_sums_at(const GradWeightAmx& of, int64_t block, int64_t in) {
+  return 32 * of.out_blocks() + (block * of.in_blocks() + in) * kBlockSums;
+}
+
 // Adds a band's products for blocks [begin, end) of output channels.
 FASTUNET_AMX void add_band(const GradWeightAmx& of, const GradWeightTasks& tasks, const Line& line,
                            int64_t begin, int64_t end, bool fresh, float* sums) {
   alignas(kLineBytes) float of_single[kBlockSums];
-  const int64_t in_blocks = of.in_blocks();
   for (int64_t some = begin; some < end; some += kTogether) {
     const int64_t last = std::min(some + kTogether, end);
-    for (int64_t in = 0; in < in_blocks; ++in) {
+    for (int64_t in = 0; in < of.in_blocks(); ++in) {
       const uint8_t* const x = line.x + 2 * in * line.x_stride;
       const bool narrow = of.x.channels - 32 * in <= 16;
       for (int64_t block = some; block < last; ++block) {
@@ -337,8 +342,7 @@ FASTUNET_AMX void add_band(const GradWeightAmx& of, const GradWeightTasks& tasks
           add_block(of, line, grad, x, narrow, true, of_single);
           write_block(of, block, in, of_single, 1, 0);
         } else {
-          const int64_t at = 32 * of.out_blocks() + (block * in_blocks + in) * kBlockSums;
-          add_block(of, line, grad, x, narrow, fresh, sums + at);
+          add_block(of, line, grad, x, narrow, fresh, sums + block_sums_at(of, block, in));
         }
       }
     }
@@ -350,7 +354,6 @@ FASTUNET_AMX void add_band(const GradWeightAmx& of, const GradWeightTasks& tasks
 FASTUNET_AMX void grad_weight_amx(const GradWeightAmx& of, const GradWeightTasks& tasks,
                                   int64_t begin, int64_t end, float* sums) {
   const int64_t blocks = ceil_div(of.out_blocks(), tasks.channel_parts);
-  const int64_t rows = of.images * of.image_rows() - 2;
   const TileConfig config(16);
   _tile_loadconfig(&config);
   for (int64_t task = begin; task < end; ++task) {
@@ -360,7 +363,7 @@ FASTUNET_AMX void grad_weight_amx(const GradWeightAmx& of, const GradWeightTasks
     const int64_t first_band = part * tasks.bands / tasks.parts;
     for (int64_t band = first_band; band < (part + 1) * tasks.bands / tasks.parts; ++band) {
       const int64_t first = band * tasks.band_rows;
-      const int64_t of_band = std::min(tasks.band_rows, rows - first);
+      const int64_t of_band = std::min(tasks.band_rows, of.rows() - first);
       const Line line(of, of_band, to - from);
       fill_grad(of, first, of_band, from, to, line);
       fill_x(of, first, of_band, line);
@@ -378,8 +381,7 @@ FASTUNET_AMX void add_parts(const GradWeightAmx& of, const GradWeightTasks& task
                                added(sums + o, tasks.parts, tasks.part_sums));
     }
     for (int64_t in = 0; tasks.bands > 1 && in < of.in_blocks(); ++in) {
-      const int64_t at = 32 * of.out_blocks() + (block * of.in_blocks() + in) * kBlockSums;
-      write_block(of, block, in, sums + at, tasks.parts, tasks.part_sums);
+      write_block(of, block, in, sums + block_sums_at(of, block, in), tasks.parts, tasks.part_sums);
     }
   }
 }

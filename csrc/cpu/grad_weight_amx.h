@@ -28,6 +28,8 @@ struct GradWeightAmx {
   // of the padded images, one below the other
   int64_t pitch() const { return width + 2 * padding; }
   int64_t image_rows() const { return height + 2 * padding; }
+  // of the gradient; the last image's last two have none
+  int64_t rows() const { return images * image_rows() - 2; }
   // of 32 output channels and 32 channels
   int64_t out_blocks() const { return ceil_div(grad.channels, 32); }
   int64_t in_blocks() const { return ceil_div(x.channels, 32); }

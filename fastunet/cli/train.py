@@ -187,7 +187,8 @@ def train(
     if (folds is None) != (fold is None) or (folds is not None and val_sections):
         raise ValueError("--folds and --fold go together, and without --val-sections")
 
-    given = [name for name in NETWORK if str(context.get_parameter_source(name)).endswith("LINE")]
+    sources = {name: context.get_parameter_source(name) for name in NETWORK}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
     if init is not None and given:
         raise ValueError(f"--{given[0]} and --init do not go together: {init} has its own")
 
