@@ -20,10 +20,6 @@ OPERATORS = (
     "weight_map",
     "separate_touching",
 )
-# no kernel is missing there
-LEFT_TO_PYTORCH = dict.fromkeys(
-    [("conv_softmax", "cpu"), ("conv_argmax", "cpu")], "takes less than 1 % of a prediction"
-)
 # who serves if it is not Python code, and if it is
 DEVICES = {"cpu": ("cpp", "onednn"), "cuda": ("cuda", "triton")}
 
@@ -81,7 +77,7 @@ def _row(operator: str, device: str) -> Row:
     key = device.upper()
     kernel = re.search(rf"^{key}: registered at (.+?):\d+", registered, re.MULTILINE)
     if kernel is None:
-        return Row(operator, device, "reference", _why_reference(operator, device))
+        return Row(operator, device, "reference", _why_reference(device))
     native, python = DEVICES[device]
     backend = python if kernel[1].endswith(".py") else native
     return Row(operator, device, backend + _beside(operator, device), "")
@@ -98,15 +94,16 @@ def _beside(operator: str, device: str) -> str:
         return of_gpus.get(operator, "")
     if operator == "up_conv":
         return ", gradients by matrix products"
+    amx = "" if _amx.why_not_here() else ", amx for bfloat16"
+    if operator in ("conv_softmax", "conv_argmax"):
+        return amx
     if operator != "conv_relu":
         return ""
     winograd = "" if winograd_rule.why_not_here() else ", Winograd F(4x4, 3x3) for float32"
-    return winograd + ("" if _amx.why_not_here() else ", amx for bfloat16")
+    return winograd + amx
 
 
-def _why_reference(operator: str, device: str) -> str:
-    if (operator, device) in LEFT_TO_PYTORCH:
-        return LEFT_TO_PYTORCH[operator, device]
+def _why_reference(device: str) -> str:
     reasons = [EXTENSION_MISSING]
     if device == "cuda":
         if not torch.cuda.is_available():

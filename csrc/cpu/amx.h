@@ -46,6 +46,12 @@ struct alignas(kLineBytes) TileConfig {
       rows[tile] = static_cast<uint8_t>(tile == 7 ? 16 : others);
     }
   }
+
+  FASTUNET_AMX void load() const {
+    // the compiler believes that only the first bytes are read
+    __asm__ volatile("" : : "r"(this) : "memory");
+    _tile_loadconfig(this);
+  }
 };
 
 // Transposes 16 x 16 values of 32 bits.
@@ -71,6 +77,23 @@ FASTUNET_AMX inline void transpose(__m512i (&rows)[16]) {
     rows[k] = _mm512_shuffle_i32x4(half[k], half[k + 8], 0x88);
     rows[k + 8] = _mm512_shuffle_i32x4(half[k], half[k + 8], 0xdd);
   }
+}
+
+// Arranges up to 16 output x 32 input channels as a tile takes them: by pairs of input channels.
+FASTUNET_AMX inline void pack_tile(const Bits16* from, int64_t c_out_stride, int64_t c_in_stride,
+                                   int64_t c_out, int64_t c_in, Bits16* to) {
+  __m512i rows[16];
+  for (int64_t o = 0; o < 16; ++o, from += c_out_stride) {
+    if (o < c_out && c_in == 32 && c_in_stride == 1) {
+      rows[o] = _mm512_loadu_si512(from);
+      continue;
+    }
+    alignas(kLineBytes) Bits16 line[32] = {};
+    for (int64_t c = 0; o < c_out && c < c_in; ++c) line[c] = from[c * c_in_stride];
+    rows[o] = _mm512_load_si512(line);
+  }
+  transpose(rows);
+  for (int64_t pair = 0; pair < 16; ++pair) _mm512_storeu_si512(to + 32 * pair, rows[pair]);
 }
 
 #endif

@@ -59,23 +59,6 @@ bool ask_for_amx() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-// Arranges up to 16 output x 32 input channels as a tile takes them: by pairs of input channels.
-FASTUNET_AMX void pack_tile(const Bits16* from, int64_t c_out_stride, int64_t c_in_stride,
-                            int64_t c_out, int64_t c_in, Bits16* to) {
-  __m512i rows[16];
-  for (int64_t o = 0; o < 16; ++o, from += c_out_stride) {
-    if (o < c_out && c_in == 32 && c_in_stride == 1) {
-      rows[o] = _mm512_loadu_si512(from);
-      continue;
-    }
-    alignas(kLineBytes) Bits16 line[32] = {};
-    for (int64_t c = 0; o < c_out && c < c_in; ++c) line[c] = from[c * c_in_stride];
-    rows[o] = _mm512_load_si512(line);
-  }
-  transpose(rows);
-  for (int64_t pair = 0; pair < 16; ++pair) _mm512_storeu_si512(to + 32 * pair, rows[pair]);
-}
-
 // The copied rows of a band, [blocks of 32 channels, rows, columns, 32].
 struct Band {
   uint8_t* data;
@@ -262,8 +245,7 @@ FASTUNET_AMX void convolve(const ConvAmx& conv, const Band& band, int64_t image,
       const int64_t columns = strip ? width - whole : kPixels;
       if (left == right) continue;
       // of weights, and as many pixels in each other
-      const TileConfig config(columns);
-      _tile_loadconfig(&config);
+      TileConfig(columns).load();
       for (int64_t i = 0; i < rows; i += kRows) {
         for (int64_t j = left; j < right; j += kPixels) {
           const uint8_t* pixels = band.data + i * band.row_bytes + j * kLineBytes;

@@ -354,8 +354,7 @@ FASTUNET_AMX void add_band(const GradWeightAmx& of, const GradWeightTasks& tasks
 FASTUNET_AMX void grad_weight_amx(const GradWeightAmx& of, const GradWeightTasks& tasks,
                                   int64_t begin, int64_t end, float* sums) {
   const int64_t blocks = ceil_div(of.out_blocks(), tasks.channel_parts);
-  const TileConfig config(16);
-  _tile_loadconfig(&config);
+  TileConfig(16).load();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task / tasks.channel_parts, share = task % tasks.channel_parts;
     const int64_t from = share * blocks, to = std::min(from + blocks, of.out_blocks());

@@ -20,6 +20,9 @@ SHAPES = [
     (1, 8, 300, 3, 3),
     (2, 16, 3, 1, 1),
     (0, 16, 3, 6, 6),
+    # several chunks and a rest, of few and of many classes, with and without AMX's 32 channels
+    (2, 32, 40, 19, 23),
+    (2, 20, 256, 7, 9),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]

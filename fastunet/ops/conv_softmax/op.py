@@ -3,17 +3,21 @@
 import torch
 from torch import Tensor
 
+from ...backends import EXTENSION_MISSING
 from .. import eager
 from .._check import bad_value, check_floating, check_same_kind, check_shape, check_tensor, describe
 from .._library import LIBRARY, lower_precision, register_autocast, register_triton
+from .cpu import conv_argmax_cpu, conv_softmax_cpu
 from .reference import conv_argmax_reference, conv_softmax_reference
 
-for _name, _reference in (
-    ("conv_softmax", conv_softmax_reference),
-    ("conv_argmax", conv_argmax_reference),
+for _name, _reference, _cpu in (
+    ("conv_softmax", conv_softmax_reference, conv_softmax_cpu),
+    ("conv_argmax", conv_argmax_reference, conv_argmax_cpu),
 ):
     LIBRARY.define(f"{_name}(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
     LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
+    if not EXTENSION_MISSING:
+        LIBRARY.impl(_name, _cpu, "CPU")
     register_triton(_name, "fastunet.ops.conv_softmax.gpu")
     torch.library.register_fake(f"fastunet::{_name}", _reference, lib=LIBRARY)
     register_autocast(_name, lower_precision)
@@ -37,9 +41,8 @@ def conv_softmax(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Source: Ronneberger et al. 2015, figure 1 and section 3.
     """
     _check("conv_softmax", x, weight, bias)
-    if x.is_cpu or (
-        torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
     ):
         return eager.conv_softmax(x, weight, bias)
     return _CONV_SOFTMAX(x, weight, bias)
@@ -60,8 +63,6 @@ def conv_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Source: Ronneberger et al. 2015, figure 1 and section 3.
     """
     _check("conv_argmax", x, weight, bias)
-    if x.is_cpu:
-        return eager.conv_argmax(x, weight, bias)
     return _CONV_ARGMAX(x, weight, bias)
 
 
