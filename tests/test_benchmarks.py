@@ -248,6 +248,39 @@ def test_rivals_need_only_half_of_the_digits(probe: torch.library.Library) -> No
         judge.admit(off_by(1e-2))
 
 
+@pytest.mark.parametrize("x", [1.0, 1.001])
+def test_gradients_may_round_to_the_other_side(x: float) -> None:
+    """Where the exact ones do so when inputs change a little, and no further than they go."""
+
+    def sides(given: Inputs) -> tuple[Tensor, ...]:
+        return ((given["x"] > 1).to(given["x"]),)
+
+    def rival(result: Tensor) -> Contender:
+        return Contender("rival", each(lambda given: lambda: (result,)))
+
+    trusted = Contender("eager", each(lambda given: lambda: sides(given)), trusted=True)
+    case = Case(
+        "side",
+        "8, forward + backward",
+        torch.float32,
+        lambda: {"x": torch.full((8,), x)},
+        sides,
+        (trusted,),
+        flops=8,
+    )
+    judge = Judge(case, Clock(CPU))
+    (exact,) = sides(case.inputs())
+    judge.admit(rival(exact))
+    one = (exact - torch.eye(1, 8)[0]).abs()
+    if x == 1:
+        judge.admit(rival(one))
+    else:
+        with pytest.raises(RefusedError, match=r"is off by 1 as a whole, allowed 0\.00098"):
+            judge.admit(rival(one))
+    with pytest.raises(RefusedError, match=r"is off by 2\.8 as a whole"):
+        judge.admit(rival(1 - exact))
+
+
 def test_failing_contender_is_named(probe: torch.library.Library) -> None:
     def broken(x: Tensor) -> Tensor:
         raise RuntimeError("out of luck\nand of memory")
