@@ -3,6 +3,8 @@
     y[k, i, j] = bias[k] + sum over c of weight[k, c] x[c, i, j]
     p[k, i, j] = exp(y[k, i, j]) / sum over l of exp(y[l, i, j])
     label[i, j] = the first k of the largest y[k, i, j]
+
+Kernels keep the outputs of 16-bit images in float32; here they are rounded.
 """
 
 import torch
