@@ -84,8 +84,7 @@ def accelerate(model: nn.Module) -> tuple[nn.Module, Report]:
     report = work.report()
     if report.swapped or report.on_cpu:
         _change_class(model, forward=_in_layout_of_inputs(type(model).forward))
-        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        work.serves.all_norms = work.trainable.issuperset(norms)
+        work.serves.all_norms = work.called_norms <= work.trainable
         work.serves.everywhere = bool(report.swapped)
         if not any(_is_channels_last(weight) for weight in model.parameters()):
             _change_class(model, train=_train(type(model).train, work.serves))
@@ -118,6 +117,7 @@ class _Pass:
         self.outcomes: dict[nn.Module, list[Outcome]] = {}
         self.notes: list[str] = []
         self.seen: set[nn.Module] = set()
+        self.called_norms: set[nn.Module] = set()
         self.trainable: set[nn.Module] = set()
         self.serves = _Serves()
         self.objection = ""
@@ -126,11 +126,14 @@ class _Pass:
 
     def accelerate(self, module: nn.Module) -> None:
         """Change the forward of ``module`` and those that it calls whole, or of what is in it."""
-        convs = any(isinstance(each, _CONVS) for each in module.modules())
-        if not convs or module in self.seen or isinstance(module, _CONVS):
+        if module in self.seen:
             return
         self.seen.add(module)
+        if isinstance(module, _CONVS) or not _has_convs(module):
+            self.called_norms.update(_batch_norms(module))
+            return
         parts = {module}
+        idle: set[nn.Module] = set()
         if not isinstance(module, _CONTAINERS):
             try:
                 graph, parts = tracing.trace_both_modes(module)
@@ -138,9 +141,11 @@ class _Pass:
                 name = self.names[module] or "the model"
                 self.notes.append(f"{name} ({type(module).__name__}) in its parts: {error}")
             else:
+                idle = set(_whole(module, parts)) - fusion.called(graph, module)
                 self._fuse(module, graph, parts)
         for part in _whole(module, parts):
-            self.accelerate(part)
+            if part not in idle or _has_convs(part):
+                self.accelerate(part)
 
     def _fuse(self, module: nn.Module, graph: fx.Graph, parts: set[nn.Module]) -> None:
         calls = fusion.fuse(graph, module)
@@ -175,6 +180,14 @@ class _Pass:
             on_cpu |= dict.fromkeys(everywhere, "no 3x3 convolution is swapped everywhere")
             everywhere = {}
         return Report(tuple(everywhere), on_cpu, kept, tuple(self.notes))
+
+
+def _has_convs(module: nn.Module) -> bool:
+    return any(isinstance(each, _CONVS) for each in module.modules())
+
+
+def _batch_norms(module: nn.Module) -> list[nn.Module]:
+    return [each for each in module.modules() if isinstance(each, _BatchNorm)]
 
 
 def _whole(module: nn.Module, parts: set[nn.Module]) -> Iterator[nn.Module]:
@@ -298,8 +311,7 @@ def _train(original: Callable[..., nn.Module], serves: _Serves) -> Callable[...,
 
 def _lay_out(model: nn.Module, serves: _Serves) -> None:
     """Put the weights into channels_last where our graphs serve, else in order."""
-    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
-    ours = serves.these(norms, model.parameters())
+    ours = serves.these(_batch_norms(model), model.parameters())
     # parameters made in inference mode could not be trained any more
     with torch.inference_mode(False):
         layout = torch.channels_last if ours else torch.contiguous_format

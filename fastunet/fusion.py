@@ -74,6 +74,12 @@ def fuse(graph: fx.Graph, root: nn.Module) -> dict[nn.Module, list[Outcome]]:
     return outcomes
 
 
+def called(graph: fx.Graph, root: nn.Module) -> set[nn.Module]:
+    """The modules that ``graph`` calls whole."""
+    modules = dict(root.named_modules())
+    return {modules[str(node.target)] for node in graph.nodes if node.op == "call_module"}
+
+
 def _fuse_conv(graph: fx.Graph, conv: fx.Node, modules: dict[str, nn.Module]) -> str:
     """Replace a convolution and what belongs to it; why that does not serve everywhere."""
     between, after, reason = _following(conv, modules)

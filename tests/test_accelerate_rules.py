@@ -153,8 +153,6 @@ def test_runs_on_the_cpu(
     monkeypatch.setattr(folding, "FEW_ELEMENTS", 0)
     function, reason = ON_CPU[name]
     original: Any = randomised(Forward(function)).train(training)
-    # batch normalisation that nothing calls would be taken for one of PyTorch's
-    original.norm.training = training and "norm" in function.__code__.co_names
     # a dropout that drops is the original's
     original.drop.p = 0.0 if training else 0.5
     model, report = accelerate(copy.deepcopy(original))
@@ -187,6 +185,23 @@ def test_norms_alone_run_on_the_cpu(fused_calls: list[Any]) -> None:
     accelerate(unusual.train())
     # PyTorch normalises the batch, which it does more accurately in order
     assert all(parameter.is_contiguous() for parameter in unusual.parameters())
+
+
+def test_batch_norm_that_nothing_calls() -> None:
+    """It keeps no model from our kernels, unless its forward cannot be read."""
+    forwards: dict[bool, Callable[[Any, Any], Any]] = {
+        True: lambda m, x: m.block(x),
+        False: lambda m, x: m.block(x if x.sum() > 0 else m.norm(x)),
+    }
+    for idle, function in forwards.items():
+        model: Any = Forward(function)
+        # by PyTorch alone
+        model.norm.momentum = None
+        model.block = nn.Sequential(*relu_conv(), nn.BatchNorm2d(4))
+        _, report = accelerate(model.train())
+        assert report.swapped == ("block.0",)
+        weight = model.block[0].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == (idle and on_cpu(weight))
 
 
 def test_up_convolutions() -> None:
