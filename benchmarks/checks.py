@@ -27,6 +27,7 @@ PYTHON_BACKENDS = {
     # an operator's own reference, not what else stands there
     "reference": "reference",
     "gpu": "cudnn",
+    "few_channels": "cpp",
     "onednn": "onednn",
 }
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "vectorize.h"
+
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && \
     (defined(__clang__) || __GNUC__ >= 11)
 #define FASTUNET_AMX \
@@ -94,6 +96,18 @@ FASTUNET_AMX inline void pack_tile(const Bits16* from, int64_t c_out_stride, int
   }
   transpose(rows);
   for (int64_t pair = 0; pair < 16; ++pair) _mm512_storeu_si512(to + 32 * pair, rows[pair]);
+}
+
+// max(value, 0) without sign; NaN stays NaN.
+FASTUNET_AMX FASTUNET_INLINE __m512 clamped(__m512 value) {
+  // of zero and NaN, max takes the second
+  const __m512 positive = _mm512_max_ps(_mm512_setzero_ps(), value);
+  return _mm512_castsi512_ps(
+      _mm512_and_si512(_mm512_castps_si512(positive), _mm512_set1_epi32(0x7fffffff)));
+}
+
+FASTUNET_AMX FASTUNET_INLINE __m512i narrowed(const __m512 (&value)[2]) {
+  return (__m512i)_mm512_cvtne2ps_pbh(value[1], value[0]);
 }
 
 #endif

@@ -170,17 +170,6 @@ FASTUNET_AMX FASTUNET_INLINE __m512 larger(__m512 a, __m512 b) {
   return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
 }
 
-FASTUNET_AMX FASTUNET_INLINE __m512 clamped(__m512 value) {
-  // of zero and NaN, max takes the second
-  const __m512 positive = _mm512_max_ps(_mm512_setzero_ps(), value);
-  return _mm512_castsi512_ps(
-      _mm512_and_si512(_mm512_castps_si512(positive), _mm512_set1_epi32(0x7fffffff)));
-}
-
-FASTUNET_AMX FASTUNET_INLINE __m512i narrowed(const __m512 (&value)[2]) {
-  return (__m512i)_mm512_cvtne2ps_pbh(value[1], value[0]);
-}
-
 // Adds the bias, clamps, masks, pools and stores what multiply() left for 32 channels.
 template <bool kPool>
 FASTUNET_AMX FASTUNET_INLINE void finish(const float* sums, const ConvAmx& conv,

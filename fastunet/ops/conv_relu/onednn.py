@@ -1,7 +1,7 @@
 """``conv_relu`` on the CPU: PyTorch's oneDNN convolutions between native passes, or what is faster.
 
-Float32 convolutions run by Winograd's algorithm where that is faster (``winograd_rule.py``), and
-bfloat16 ones on AMX. The rest is oneDNN's.
+Float32 convolutions run by Winograd's algorithm where that is faster (``winograd_rule.py``),
+bfloat16 ones on AMX, and those of a few channels by ``few_channels.py``. The rest is oneDNN's.
 
 oneDNN could clamp in the convolution itself, but then turns NaN into 0; ``relu_pool_`` keeps it and
 takes no longer than a max-pooling alone. It could also add the convolution of ``x`` to that of the
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import _amx
 from ..crop_concat.reference import centre_crop
-from . import winograd, winograd_rule
+from . import few_channels, winograd, winograd_rule
 from .reference import (
     conv3x3_reference,
     conv_relu_bwd_reference,
@@ -156,6 +156,9 @@ def _forward(
     relu: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The output, clamped at zero unless without ``relu``, and its pooled copy, if asked for."""
+    if not few_channels.unsupported(x, weight, skip):
+        y = few_channels.conv_relu(x, weight, bias, padding, relu)
+        return y, _relu_pool(y, pool) if pool else y
     if not _amx.unsupported(x, weight):
         return _amx.conv_relu(x, _cropped(skip, x), weight, bias, padding, pool, relu)
     if not winograd_rule.unsupported("forward", x, weight, padding):
