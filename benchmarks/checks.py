@@ -213,7 +213,8 @@ class _Watcher(TorchDispatchMode):
 
         def note(frame: FrameType, event: str, _: object) -> None:
             folder, _, module = frame.f_globals.get("__name__", "").rpartition(".")
-            if event != "call" or frame.f_code.co_name.startswith(("unsupported", "why_not")):
+            name_of_call = frame.f_code.co_name.lstrip("_")
+            if event != "call" or name_of_call.startswith(("unsupported", "why_not")):
                 return
             if folder.endswith(".crop_concat") and not name.startswith("crop_concat"):
                 # what a convolution by the library reads
@@ -259,7 +260,7 @@ def _amx_takes(name: str, args: Sequence[Any]) -> bool:
         source, weight, needs_it = args[0], args[4], args[7][0]
     else:
         return False
-    wide = source.shape[1] >= _amx.FEW_CHANNELS
+    wide = source.shape[1] >= _amx.FEW_CHANNELS and max(weight.shape[:2]) > _amx.NARROW
     return needs_it and wide and source.dtype == weight.dtype == torch.bfloat16
 
 

@@ -84,6 +84,19 @@ FASTUNET_AMX inline void transpose(__m512i (&rows)[16]) {
 // Arranges up to 16 output x 32 input channels as a tile takes them: by pairs of input channels.
 FASTUNET_AMX inline void pack_tile(const Bits16* from, int64_t c_out_stride, int64_t c_in_stride,
                                    int64_t c_out, int64_t c_in, Bits16* to) {
+  if (c_out_stride == 1) {
+    const __mmask16 lanes = 0xffff >> (16 - (c_out < 16 ? c_out : 16));
+    for (int64_t c = 0; c < 32; c += 2, to += 32) {
+      __m512i pair[2];
+      for (int64_t k = 0; k < 2; ++k) {
+        const __mmask16 loaded = c + k < c_in ? lanes : 0;
+        pair[k] =
+            _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(loaded, from + (c + k) * c_in_stride));
+      }
+      _mm512_storeu_si512(to, _mm512_or_si512(pair[0], _mm512_slli_epi32(pair[1], 16)));
+    }
+    return;
+  }
   __m512i rows[16];
   for (int64_t o = 0; o < 16; ++o, from += c_out_stride) {
     if (o < c_out && c_in == 32 && c_in_stride == 1) {

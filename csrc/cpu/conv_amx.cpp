@@ -85,16 +85,25 @@ const uint8_t* packed_weights(const ConvAmx& conv, int64_t begin, int64_t end) {
 }
 
 // Copies rows [first, first + rows) of the padded image.
-void fill(const ConvAmx& conv, int64_t image, int64_t first, int64_t rows, const Band& band) {
-  if (conv.c_in() % 32 != 0 || conv.padding > 0) {
+FASTUNET_AMX void fill(const ConvAmx& conv, int64_t image, int64_t first, int64_t rows,
+                       const Band& band) {
+  // what no source writes is zero
+  const bool joins_in_a_block = conv.n_inputs > 1 && conv.inputs[0].channels % 32 != 0;
+  const int64_t margin = conv.padding * kLineBytes;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t i = first + row - conv.padding;
+    const bool is_inside = i >= 0 && i < conv.height && !joins_in_a_block;
     for (int64_t block = 0; block < band.blocks; ++block) {
-      std::memset(band.data + block * band.block_bytes, 0, rows * band.row_bytes);
+      uint8_t* const line = band.data + block * band.block_bytes + row * band.row_bytes;
+      std::memset(line, 0, is_inside ? margin : band.row_bytes);
+      if (is_inside) std::memset(line + band.row_bytes - margin, 0, margin);
     }
   }
   int64_t channel = 0;
   for (int64_t part = 0; part < conv.n_inputs; ++part) {
     const Pixels& input = conv.inputs[part];
-    const bool whole_blocks = channel % 32 == 0 && input.channels % 32 == 0;
+    const int64_t whole = input.channels / 32, rest = input.channels % 32;
+    const __mmask32 of_rest = (1u << rest) - 1;
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t i = first + row - conv.padding;
       if (i < 0 || i >= conv.height) continue;
@@ -102,9 +111,13 @@ void fill(const ConvAmx& conv, int64_t image, int64_t first, int64_t rows, const
       uint8_t* to = band.data + channel / 32 * band.block_bytes + row * band.row_bytes +
                     conv.padding * kLineBytes;
       for (int64_t j = 0; j < conv.width; ++j, from += input.column_stride, to += kLineBytes) {
-        if (whole_blocks) {
-          for (int64_t block = 0; block < input.channels / 32; ++block) {
+        if (channel % 32 == 0) {
+          for (int64_t block = 0; block < whole; ++block) {
             std::memcpy(to + block * band.block_bytes, from + 32 * block, kLineBytes);
+          }
+          if (rest > 0) {
+            _mm512_store_si512(to + whole * band.block_bytes,
+                               _mm512_maskz_loadu_epi16(of_rest, from + 32 * whole));
           }
           continue;
         }
@@ -221,7 +234,8 @@ FASTUNET_AMX FASTUNET_INLINE void finish(const float* sums, const ConvAmx& conv,
 // Computes rows [first, first + rows) of blocks [begin, end) of 32 output channels.
 FASTUNET_AMX void convolve(const ConvAmx& conv, const Band& band, int64_t image, int64_t first,
                            int64_t rows, int64_t begin, int64_t end) {
-  alignas(kLineBytes) float sums[8 * 256];
+  // those of 16 channels that no image has are not computed
+  alignas(kLineBytes) float sums[8 * 256] = {};
   const int64_t group_bytes = 2 * conv.packed_group();
   const int64_t width = conv.out_width(), whole = width / kPixels * kPixels;
   // with few input channels storing weighs more: whole lines of memory, and their neighbours
@@ -241,8 +255,10 @@ FASTUNET_AMX void convolve(const ConvAmx& conv, const Band& band, int64_t image,
           for (int64_t block = some; block < last; ++block) {
             const uint8_t* weights = packed + 2 * (block - some) * group_bytes;
             multiply(band, pixels, weights, sums);
-            multiply(band, pixels, weights + group_bytes, sums + 256);
             const int64_t channel = 32 * block;
+            if (channel + 16 < conv.c_out) {
+              multiply(band, pixels, weights + group_bytes, sums + 256);
+            }
             const Place place = {image,
                                  first + i,
                                  j,

@@ -24,17 +24,34 @@ LIBRARY.define("grad_weight_amx(Tensor grad, Tensor x, int padding) -> (Tensor, 
 
 # with fewer input channels most of a tile is empty
 FEW_CHANNELS = 8
+# where inputs and outputs are no more, half of it is, and oneDNN is faster
+NARROW = 16
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
-    """Why AMX cannot take a convolution of ``x``, or None."""
+    """Why AMX cannot take a convolution of ``x``, or is slower, or None."""
     if x.shape[1] < FEW_CHANNELS:
         return f"fewer than {FEW_CHANNELS} channels"
-    return unsupported_grad_weight(x, weight)
+    if max(weight.shape[:2]) <= NARROW:
+        return f"no more than {NARROW} channels"
+    return _unsupported(x, weight)
 
 
 def unsupported_grad_weight(x: Tensor, weight: Tensor) -> str | None:
-    """Why AMX cannot take the gradient of ``weight``, or None."""
+    """Why AMX cannot take the gradient of ``weight``, or is slower, or None."""
+    if FEW_CHANNELS <= x.shape[1] and max(weight.shape[:2]) <= NARROW:
+        return f"no more than {NARROW} channels"
+    return _unsupported(x, weight)
+
+
+def unsupported_few(x: Tensor, weight: Tensor) -> str | None:
+    """Why AMX cannot take a convolution of few channels, or None."""
+    if x.shape[1] >= FEW_CHANNELS:
+        return f"{FEW_CHANNELS} channels or more"
+    return _unsupported(x, weight)
+
+
+def _unsupported(x: Tensor, weight: Tensor) -> str | None:
     if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return f"{x.dtype} is not bfloat16"
     if min(x.numel(), weight.numel()) == 0:

@@ -28,8 +28,7 @@ def unsupported(x: Tensor, weight: Tensor, skip: Tensor | None) -> str | None:
         return "there is a skip"
     c_out, c_in = weight.shape[:2]
     if x.dtype == torch.bfloat16:
-        few = c_in < _amx.FEW_CHANNELS
-        return _amx.unsupported_grad_weight(x, weight) if few else "there are many channels"
+        return _amx.unsupported_few(x, weight)
     if c_in > FEW_IN_FLOAT32:
         return f"more than {FEW_IN_FLOAT32} channels"
     return None if c_out % CHANNEL_GROUP == 0 else f"no multiple of {CHANNEL_GROUP} outputs"
