@@ -39,7 +39,7 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
 
 def unsupported_grad_weight(x: Tensor, weight: Tensor) -> str | None:
     """Why AMX cannot take the gradient of ``weight``, or is slower, or None."""
-    if FEW_CHANNELS <= x.shape[1] and max(weight.shape[:2]) <= NARROW:
+    if x.shape[1] >= FEW_CHANNELS and max(weight.shape[:2]) <= NARROW:
         return f"no more than {NARROW} channels"
     return _unsupported(x, weight)
 
