@@ -186,6 +186,19 @@ def test_strides(view: Callable[[Tensor], Tensor]) -> None:
         assert all(map(torch.equal, *(_amx.grad_weight(grad, given, 1) for grad in grads)))
 
 
+@pytest.mark.parametrize(
+    ("c_in", "c_out", "forward", "weights_too"),
+    [(7, 16, False, True), (8, 16, False, False), (16, 16, False, False), (16, 17, True, True)],
+)
+def test_narrow_layers_are_left_to_onednn(
+    c_in: int, c_out: int, forward: bool, weights_too: bool
+) -> None:
+    x, weight = images(1, c_in, 8, 8), weights(c_out, c_in)
+    assert (_amx.unsupported(x, weight) is None) == forward
+    assert (_amx.unsupported_grad_weight(x, weight) is None) == weights_too
+    assert (_amx.unsupported_few(x, weight) is None) == (c_in == 7)
+
+
 def test_rejects() -> None:
     x, weight, bias = images(1, 32, 8, 8), weights(16, 32), torch.zeros(16).bfloat16()
     operators = torch.ops.fastunet
