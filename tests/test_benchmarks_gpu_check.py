@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu_check
 from benchmarks.gpu_check import CUT_OFF, FAILED, ROOT, Check, Stage, digest, main, stages
 
 
@@ -33,9 +34,15 @@ def test_finished_stages_are_not_run_again(tmp_path: Path) -> None:
     assert log.read_text().split()[-1] == "build"
 
 
-def test_cut_off_stage_is_run_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_interrupt", ["SIG_DFL", "SIG_IGN"])
+def test_cut_off_stage_is_run_again(
+    on_interrupt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it ends when it is interrupted or has to be killed."""
+    monkeypatch.setattr(gpu_check, "GRACE_SECONDS", 0.5)
     log = tmp_path / "log"
-    slow = Stage("slow", python("import time; time.sleep(60)"))
+    code = f"import signal, time; signal.signal(signal.SIGINT, signal.{on_interrupt})"
+    slow = Stage("slow", python(f"{code}; time.sleep(60)"))
     last = Stage("last", note(log, "last"))
     start = time.monotonic()
     assert Check(tmp_path / "state", 0.02, "a").run([slow, last]) == CUT_OFF
