@@ -1,10 +1,10 @@
 """Training learns, resumes exactly, stops cleanly and never leaves a broken checkpoint."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,10 +18,12 @@ import fastunet.train as train_module
 from fastunet import UNet, load_model, ops, weight_map
 from fastunet.augment import Augmentation, augment
 from fastunet.checkpoint import load_checkpoint
+from fastunet.cli import main
 from fastunet.data import load_sections
 from fastunet.learner import Learner
 from fastunet.report import read_log
 from fastunet.sampling import class_weights, pixel_weights, sample_tiles
+from fastunet.synthetic import write_cells
 from fastunet.train import BEST, LAST, LOG, Config, DivergedError, fit, learning_rate, train_step
 
 from .sections import section, small_config, small_model
@@ -109,28 +111,31 @@ def test_best_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert best["best"] == last["best"] == 0.2
 
 
+def train_for_ever(images: Path, labels: Path, run: Path, *flags: str) -> None:
+    """The command line, in a process that is killed."""
+    torch.set_num_threads(1)
+    sys.argv = [
+        "fastunet", "train", "--images", str(images), "--labels", str(labels), "--output", str(run),
+        "--widths", "4,8,16", "--tile", "60", "--steps", "1000000", "--validate-every", "1",
+        "--quiet", *flags,
+    ]  # fmt: skip
+    main()
+
+
 @pytest.mark.slow
 def test_killed_ten_times(tmp_path: Path) -> None:
     run, data = tmp_path / "run", tmp_path / "data"
-    script = f"""
-import sys, torch
-from fastunet.cli import main
-from fastunet.synthetic import write_cells
-from pathlib import Path
-data = Path({str(data)!r})
-if not data.exists():
     write_cells(data, pages=2, size=(96, 96), count=6)
-torch.set_num_threads(1)
-sys.argv = ["fastunet", "train", "--images", str(data / "images.tif"), "--labels",
-    str(data / "labels.tif"), "--output", {str(run)!r}, "--widths", "4,8,16", "--tile", "60",
-    "--steps", "1000000", "--validate-every", "1", "--quiet", *sys.argv[1:]]
-main()
-"""
+    files = (data / "images.tif", data / "labels.tif")
+    # its processes are forks of one that has imported all this, and what an optimizer imports
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
     rng = random.Random(0)
     reached = [0]
     for _ in range(10):
         resume = ["--resume"] if (run / LAST).exists() else []
-        process = subprocess.Popen([sys.executable, "-c", script, *resume])
+        process = context.Process(target=train_for_ever, args=(*files, run, *resume))
+        process.start()
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             time.sleep(0.05)
@@ -139,7 +144,8 @@ main()
                 break
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
-        assert process.wait() == -signal.SIGKILL
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         _, _, state = load_checkpoint(run / LAST)
         load_model(run / BEST)
         reached.append(state["step"])
