@@ -8,6 +8,7 @@ nobody reads. Each launch compiles its kernel, specialised as on the GPU, and la
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -15,12 +16,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 # multiprocessors of an A100, H100 and B200
 GPUS = {80: 108, 90: 132, 100: 148}
+# as nvdisasm calls their machine code
+ARCHITECTURES = {80: "SM80", 90: "SM90a", 100: "SM100a"}
+INSTRUCTION_BYTES = 16
+# a flag of a section of an ELF file
+EXECUTABLE = 0x4
 # shared memory that one program can have, in bytes
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
@@ -119,31 +126,59 @@ def _main(module: str, capability: int) -> None:
         # nothing that could be launched again
 
     JITFunction.run = run
-    rows: list[dict[str, Any]] = []
+    launches: list[str] = []
     for name, launch in import_module(module).LAUNCHES.items():
-        before = len(found)
         with torch.no_grad():
             launch()
-        rows += [asdict(_read(name, kernel)) for kernel in found[before:]]
+        launches += [name] * (len(found) - len(launches))
+    listings = _disassembled([kernel.asm["cubin"] for kernel in found], ARCHITECTURES[capability])
+    rows = [asdict(_read(*each)) for each in zip(launches, found, listings, strict=True)]
     json.dump(rows, sys.stdout)
 
 
-def _read(launch: str, kernel: Any) -> Compiled:
+def _tool(name: str, *arguments: str) -> str:
+    """What one of the tools that Triton brings prints."""
     import triton
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.check_output([str(path), *arguments], text=True)
+
+
+def _code(cubin: bytes) -> bytes:
+    """The machine code of an ELF file: its executable sections."""
+    (headers,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count = struct.unpack_from("<HH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + i * size)[2:] for i in range(count)]
+    return b"".join(
+        cubin[offset : offset + length]
+        for flags, _, offset, length in sections
+        if flags & EXECUTABLE
+    )
+
+
+def _disassembled(cubins: list[bytes], architecture: str) -> list[list[str]]:
+    """The names of each one's instructions; all in one call, of which most is nvdisasm's start."""
+    codes = [_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        listing = _tool("nvdisasm", "-ndf", "-b", architecture, file.name)
+    pattern = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)"
+    names = iter(re.findall(pattern, listing, re.MULTILINE))
+    found = [list(islice(names, len(code) // INSTRUCTION_BYTES)) for code in codes]
+    assert sum(map(len, found)) * INSTRUCTION_BYTES == sum(map(len, codes))
+    assert next(names, None) is None
+    return found
+
+
+def _read(launch: str, kernel: Any, instructions: list[str]) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage, listing = (
-            subprocess.run(
-                [str(tools / tool), *flags, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c"]))
-        )
+        usage = _tool("cuobjdump", "-res-usage", file.name)
     resources = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     sass: dict[str, int] = {}
-    for full in re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", listing, re.M):
+    for full in instructions:
         first = full.partition(".")[0]
         width = re.search(r"\.(64|128)(?=\.|$)", full)
         for name in {first, first + (width[0] if width else "")}:
