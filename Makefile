@@ -8,9 +8,10 @@ INSTALLED = $(VENV)/.installed
 LATER_TRITON = 3.9.0
 LATER = $(VENV)-triton-$(LATER_TRITON)
 
-# tests run in so many processes, file by file and one thread each: small networks wait for threads
+# tests run in so many processes, file by file and one thread each: small networks wait for threads;
+# the files keep the order of tests/conftest.py
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # minutes that one call of gpu-check may take
 MINUTES ?= 8

@@ -15,7 +15,39 @@ if not torch.cuda.is_available():
 # or cuBLAS is not deterministic; it is read when that is first used
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# begun in this order, before all others: no process has a long one left when the rest is done
+SLOWEST = [
+    "test_conv_relu_kernels.py",
+    "test_unet.py",
+    "test_graphs.py",
+    "test_benchmarks_run.py",
+    "test_extension.py",
+    "test_conv_relu_compiled.py",
+    "test_distributed.py",
+    "test_weighted_cross_entropy_kernels.py",
+    "test_cuda_kernels.py",
+    "test_benchmarks_contenders.py",
+    "test_winograd_transforms.py",
+    "test_benchmarks_gpu_check.py",
+    "test_train.py",
+    "test_accelerate.py",
+    "test_weighted_cross_entropy.py",
+    "test_conv_relu.py",
+    "test_crop_concat_kernels.py",
+    "test_weighted_cross_entropy_compiled.py",
+    "test_benchmarks.py",
+    "test_backends.py",
+    "test_distributed_apply.py",
+    "test_cli.py",
+    "test_conv_softmax_compiled.py",
+]
+
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(autouse=True)
