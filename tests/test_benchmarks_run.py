@@ -21,8 +21,17 @@ from benchmarks.pytest_suite import Replay
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+BRIEF = timing.Effort(seconds=0.05, fewest=5, most=20, visits=2)
 
 
+@pytest.fixture
+def _briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured is little where the question is what becomes of it."""
+    for name in ("QUICK", "FULL"):
+        monkeypatch.setattr(measure, name, BRIEF)
+
+
+@pytest.mark.usefixtures("_briefly")
 def test_run_records_and_compares(tmp_path: Path) -> None:
     text = StringIO()
     console = Console(file=text, width=200)
@@ -141,6 +150,7 @@ def test_pytest_runs_benchmarks_on_request_alone() -> None:
     assert "--benchmark takes no paths" in mixed.stderr
 
 
+@pytest.mark.usefixtures("_briefly")
 def test_same_medians_as_fastunet_bench(tmp_path: Path) -> None:
     """What pytest-benchmark reports are the samples of the row that goes with them."""
     path = tmp_path / "pytest.json"
@@ -164,6 +174,7 @@ def test_replay() -> None:
     assert times == [0.002, 0.004]
 
 
+@pytest.mark.usefixtures("_briefly")
 def test_record_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     time_cases = measure.time_cases
@@ -175,7 +186,6 @@ def test_record_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         return time_cases(cases, *others)
 
     monkeypatch.setattr(run, "time_cases", counted)
-    monkeypatch.setattr(measure, "FULL", timing.QUICK)
     options: dict[str, Any] = {
         "device": "cpu",
         "sizes": [32],
