@@ -287,7 +287,7 @@ def test_aligned_corners_need_the_whole_image() -> None:
     model, _, _ = converted("padding-bilinear")
     image = torch.randn(2, 37, 50)
     with torch.no_grad():
-        whole = model.eval()(image[None])[0].softmax(0)
+        whole = model.eval()(image[None], output="probability")[0]
     assert np.array_equal(predict(model, image, tile=64), whole.numpy())
     assert predict(model, torch.randn(2, 3, 5)).shape == (3, 3, 5)
     with pytest.raises(ValueError, match=r"tile must cover the image, 37 pixels.*got 32"):

@@ -139,6 +139,19 @@ def test_gradients(leaf: str, device: torch.device) -> None:
         assert torch.equal(labels, fastunet.conv_argmax(**arguments))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 64, 2, 37, 51), (1, 20, 21, 13, 11)], ids=str)
+def test_places_change_no_bit(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """A pixel's probabilities are the same wherever it is, or tiles would show."""
+    arguments = inputs(shape, dtype, device)
+    x = arguments["x"][..., :1, :1].expand_as(arguments["x"])
+    arguments["x"] = x.contiguous(memory_format=torch.channels_last)
+    p = fastunet.conv_softmax(**arguments)
+    assert torch.equal(p, p[..., :1, :1].expand_as(p))
+
+
 def test_strides(device: torch.device) -> None:
     arguments = exact_inputs((2, 32, 5, 10, 12), torch.float32, device)
     x, weight, bias = arguments.values()
