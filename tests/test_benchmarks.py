@@ -248,6 +248,23 @@ def test_rivals_need_only_half_of_the_digits(probe: torch.library.Library) -> No
         judge.admit(off_by(1e-2))
 
 
+def test_a_gradient_of_zero_is_judged_beside_the_others() -> None:
+    def both(given: Inputs) -> tuple[Tensor, ...]:
+        return given["x"], torch.zeros_like(given["x"])
+
+    def off_by(error: float) -> Contender:
+        return Contender("rival", each(lambda given: lambda: (given["x"], torch.full((8,), error))))
+
+    case = Case(
+        "both", "8, forward + backward", torch.float32, lambda: {"x": torch.ones(8)}, both,
+        (Contender("eager", each(lambda given: lambda: both(given)), trusted=True),), flops=8,
+    )  # fmt: skip
+    judge = Judge(case, Clock(CPU))
+    judge.admit(off_by(1e-7))
+    with pytest.raises(RefusedError, match=r"result 1 is off by 2\.8e-06 as a whole"):
+        judge.admit(off_by(1e-6))
+
+
 @pytest.mark.parametrize("x", [1.0, 1.001])
 def test_gradients_may_round_to_the_other_side(x: float) -> None:
     """Where the exact ones do so when inputs change a little, and no further than they go."""
