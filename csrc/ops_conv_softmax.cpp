@@ -40,7 +40,7 @@ void for_pixels(const Tensor& x, const Tensor& weight, const std::optional<Tenso
                 const Run& run) {
   for_dtype(x, "conv_softmax: x", [&](auto dtype) {
     const cpu::Head head = head_of<decltype(dtype)>(x, weight, bias);
-    const int64_t pixels = x.size(1) * x.size(2), chunk = cpu::chunk_of_classes(head.classes);
+    const int64_t pixels = x.size(1) * x.size(2), chunk = cpu::head_chunk_pixels(head.classes);
     const int64_t chunks = x.size(0) * ((pixels + chunk - 1) / chunk);
     parallel_for(0, chunks, grain(chunk * head.channels),
                  [&](int64_t begin, int64_t end) { run(dtype, head, pixels, begin, end); });

@@ -20,6 +20,9 @@ using Bits16 = uint16_t;
 // bytes of a tile, and of one of its rows
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kLineBytes = 64;
+// the same in values of bfloat16
+constexpr int64_t kTileValues = 512;
+constexpr int64_t kLineValues = 32;
 
 // An image tensor, [B, H, W, C] with any strides but 1 between channels.
 struct Pixels {

@@ -297,7 +297,7 @@ void pack_weights(const ConvAmx& conv, int64_t begin, int64_t end, Bits16* packe
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t c_in = std::min<int64_t>(32, conv.c_in() - 32 * block);
         pack_tile(from + 32 * block * weights.c_in_stride, weights.c_out_stride,
-                  weights.c_in_stride, c_out, c_in, packed + (block * taps + tap) * 512);
+                  weights.c_in_stride, c_out, c_in, packed + (block * taps + tap) * kTileValues);
       }
     }
   }

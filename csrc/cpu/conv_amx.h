@@ -45,7 +45,7 @@ struct ConvAmx {
   int64_t out_height() const { return height + 2 * padding - 2; }
   int64_t out_width() const { return width + 2 * padding - 2; }
   // weights of 16 output channels
-  int64_t packed_group() const { return in_blocks() * 9 * 512; }
+  int64_t packed_group() const { return in_blocks() * 9 * kTileValues; }
   int64_t packed_size() const { return 2 * out_blocks() * packed_group(); }
 };
 

@@ -11,28 +11,25 @@ namespace fastunet::cpu {
 
 namespace {
 
-// values of a line, and of a tile
-constexpr int64_t kLine = 32, kTile = 512;
-
-int64_t blocks_of(const ConvFew& conv) { return ceil_div(9 * conv.c_in, kLine); }
+int64_t blocks_of(const ConvFew& conv) { return ceil_div(9 * conv.c_in, kLineValues); }
 
 // The three rows of the padded input that an output row reads, and what each of its pixels reads
-// of them: [pixels, blocks, kLine], a tap's channels after those of the tap before.
+// of them: [pixels, blocks, kLineValues], a tap's channels after those of the tap before.
 class Lines {
  public:
   explicit Lines(const ConvFew& conv)
       : conv_(conv),
-        step_((conv.width + 2 * conv.padding) * conv.c_in + kLine),
+        step_((conv.width + 2 * conv.padding) * conv.c_in + kLineValues),
         pixels_(ceil_div(conv.out_width(), 16) * 16) {
     thread_local Kept kept;
-    const int64_t lines = (pixels_ * blocks_of(conv) + 1) * kLine, values = lines + 3 * step_;
+    const int64_t lines = (pixels_ * blocks_of(conv) + 1) * kLineValues, values = lines + 3 * step_;
     lines_ = reinterpret_cast<Bits16*>(kept.bytes(values * static_cast<int64_t>(sizeof(Bits16))));
     rows_ = lines_ + lines;
     // what lies between pixels and beyond the image is zero
     std::fill_n(lines_, values, Bits16(0));
   }
 
-  const Bits16* of(int64_t pixel) const { return lines_ + pixel * blocks_of(conv_) * kLine; }
+  const Bits16* of(int64_t pixel) const { return lines_ + pixel * blocks_of(conv_) * kLineValues; }
 
   // Takes input rows [first, first + 3) of an image.
   void take(const Bits16* image, int64_t first) {
@@ -51,7 +48,7 @@ class Lines {
 
  private:
   FASTUNET_AMX void spread() {
-    const int64_t run = 3 * conv_.c_in, line = blocks_of(conv_) * kLine;
+    const int64_t run = 3 * conv_.c_in, line = blocks_of(conv_) * kLineValues;
     const __mmask32 taken = ~0u >> (32 - run);
     Bits16* to = lines_;
     for (int64_t j = 0; j < conv_.out_width(); ++j, to += line) {
@@ -76,20 +73,20 @@ FASTUNET_AMX void convolve(const ConvFew& conv, const Bits16* lines, int64_t cha
                            int64_t pixels, Bits16* y) {
   alignas(kLineBytes) float sums[2][16][16];
   const int64_t blocks = blocks_of(conv), line_bytes = blocks * kLineBytes;
-  const Bits16* const tile = conv.tiles.data() + channel / 16 * blocks * kTile;
+  const Bits16* const tile = conv.tiles.data() + channel / 16 * blocks * kTileValues;
   // the same line for each pixel
   _tile_loadd(0, conv.bias.data() + channel, 0);
   _tile_loadd(1, conv.bias.data() + channel + 16, 0);
   for (int64_t block = 0; block < blocks; ++block) {
-    _tile_loadd(2, lines + block * kLine, line_bytes);
-    _tile_loadd(3, tile + block * kTile, kLineBytes);
+    _tile_loadd(2, lines + block * kLineValues, line_bytes);
+    _tile_loadd(3, tile + block * kTileValues, kLineBytes);
     _tile_dpbf16ps(0, 2, 3);
-    _tile_loadd(4, tile + (blocks + block) * kTile, kLineBytes);
+    _tile_loadd(4, tile + (blocks + block) * kTileValues, kLineBytes);
     _tile_dpbf16ps(1, 2, 4);
   }
   _tile_stored(0, sums[0], kLineBytes);
   _tile_stored(1, sums[1], kLineBytes);
-  const __mmask32 stored = ~0u >> (32 - std::min(kLine, conv.c_out - channel));
+  const __mmask32 stored = ~0u >> (32 - std::min(kLineValues, conv.c_out - channel));
   for (int64_t p = 0; p < pixels; ++p) {
     __m512 value[2];
     for (int half = 0; half < 2; ++half) {
@@ -104,12 +101,12 @@ FASTUNET_AMX void convolve(const ConvFew& conv, const Bits16* lines, int64_t cha
 
 void ConvFew::take(const Bits16* weights) {
   const int64_t taps = 9 * c_in, blocks = blocks_of(*this);
-  tiles.resize(ceil_div(c_out, 32) * 2 * blocks * kTile);
+  tiles.resize(ceil_div(c_out, 32) * 2 * blocks * kTileValues);
   Bits16* to = tiles.data();
   for (int64_t k = 0; k < c_out; k += 16) {
-    for (int64_t block = 0; block < blocks; ++block, to += kTile) {
-      pack_tile(weights + k * taps + block * kLine, taps, 1, c_out - k,
-                std::min(kLine, taps - block * kLine), to);
+    for (int64_t block = 0; block < blocks; ++block, to += kTileValues) {
+      pack_tile(weights + k * taps + block * kLineValues, taps, 1, c_out - k,
+                std::min(kLineValues, taps - block * kLineValues), to);
     }
   }
 }

@@ -98,7 +98,7 @@ FASTUNET_INLINE void multiply_block(const int16_t* x, const Head& head, float* f
 template <typename Bits, typename Use>
 FASTUNET_INLINE void for_chunks(const Bits* x, const Head& head, int64_t pixels, int64_t begin,
                                 int64_t end, const Use& use) {
-  const int64_t channels = head.channels, size = chunk_of_classes(head.classes);
+  const int64_t channels = head.channels, size = head_chunk_pixels(head.classes);
   const int64_t of_image = (pixels + size - 1) / size;
   std::vector<float> logits(head.classes * size), floats(kLanes * channels);
   std::vector<Bits> rest(kBlock * channels);
@@ -177,7 +177,7 @@ Head Head::of(const typename Float::Bits* weight, const typename Float::Bits* bi
   return head;
 }
 
-int64_t chunk_of_classes(int64_t classes) {
+int64_t head_chunk_pixels(int64_t classes) {
   return std::clamp(kLogits / classes / kBlock * kBlock, kBlock, kMostPixels);
 }
 

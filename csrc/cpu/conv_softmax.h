@@ -44,7 +44,7 @@ struct Head {
 };
 
 // Pixels of a chunk.
-int64_t chunk_of_classes(int64_t classes);
+int64_t head_chunk_pixels(int64_t classes);
 
 // Probabilities [B, classes, pixels] of images [B, pixels, channels].
 template <typename Float>

@@ -6,13 +6,6 @@ namespace fastunet::cpu {
 
 #ifdef FASTUNET_AMX
 
-namespace {
-
-// values of a tile of packed weights
-constexpr int64_t kTileValues = kTileBytes / static_cast<int64_t>(sizeof(Bits16));
-
-}  // namespace
-
 FASTUNET_AMX void HeadOnTiles::pack(const Bits16* weight, int64_t classes, int64_t channels) {
   if (!has_amx() || channels % 32 != 0) return;
   const int64_t blocks = channels / 32;
