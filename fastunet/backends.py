@@ -23,6 +23,9 @@ OPERATORS = (
 # who serves if it is not Python code, and if it is
 DEVICES = {"cpu": ("cpp", "onednn"), "cuda": ("cuda", "triton")}
 
+# Python code that calls a native kernel alone
+BY_NATIVE = (("conv_softmax", "cpu"), ("conv_argmax", "cpu"))
+
 # glibc's mallopt: names of parameters, and the size from which memory is mapped apart
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -79,7 +82,8 @@ def _row(operator: str, device: str) -> Row:
     if kernel is None:
         return Row(operator, device, "reference", _why_reference(device))
     native, python = DEVICES[device]
-    backend = python if kernel[1].endswith(".py") else native
+    is_python = kernel[1].endswith(".py") and (operator, device) not in BY_NATIVE
+    backend = python if is_python else native
     return Row(operator, device, backend + _beside(operator, device), "")
 
 

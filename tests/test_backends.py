@@ -55,6 +55,14 @@ def test_report_follows_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row() == backends.Row("probe", "cuda", "triton", "")
 
 
+@pytest.mark.skipif(bool(backends.EXTENSION_MISSING), reason="the native extension is not built")
+def test_head_is_native_on_the_cpu() -> None:
+    served = {row.operator: row.backend for row in backends.report() if row.device == "cpu"}
+    assert served["conv_softmax"].startswith("cpp")
+    assert served["conv_argmax"].startswith("cpp")
+    assert served["conv_relu"].startswith("onednn")
+
+
 def test_missing_extension_is_normal() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
